@@ -1,0 +1,49 @@
+"""Every error that a user can cause.
+
+HymbaAlignError              exit code 1: the run failed
+├── KernelError              a compute kernel is missing or cannot run here
+└── UsageError               exit code 2: the input is at fault; the message says what to change
+    ├── RecipeError          a recipe key or value
+    ├── DataError            a data file or one of its rows
+    │   └── RenderError      a conversation that the chat template cannot render faithfully
+    ├── CheckpointError      a checkpoint or tokenizer that cannot be loaded
+    └── RunFolderError       a run folder that belongs to another run
+"""
+
+from __future__ import annotations
+
+
+class HymbaAlignError(Exception):
+    """Base of all errors raised for users; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class KernelError(HymbaAlignError):
+    """A compute kernel is missing or cannot run on this machine."""
+
+
+class UsageError(HymbaAlignError):
+    """The input is at fault, not the program."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe, or an override of it, is invalid."""
+
+
+class DataError(UsageError):
+    """A data file is missing, malformed or empty."""
+
+
+class RenderError(DataError):
+    """A conversation cannot be rendered into tokens and a loss mask."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint or tokenizer cannot be loaded."""
+
+
+class RunFolderError(UsageError):
+    """A run folder belongs to another run."""

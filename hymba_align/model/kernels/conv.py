@@ -1,0 +1,93 @@
+"""Mamba's causal depthwise convolution over a tree of segments, with SiLU left to the caller.
+
+    y_t = bias + sum_k weight_k u_{t-k}
+
+The taps of a segment's first tokens reach back into its parent, as far as the meta tokens. Every segment is laid out
+behind a copy of the last tokens of its path, so that one shifted sum serves the whole row.
+
+Legend: T tokens, I inner channels, S segments, R given tails, W taps (the kernel width).
+Source: Mamba (arXiv 2312.00752), section 3.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """Where each tap of a packed row reads. Made once per forward pass, used by every layer.
+
+    Reads go to the row extended by one zero row and the given tails: index t < T is token t, T is zeros, and
+    T + 1 + r * (W - 1) + j is entry j of tail r.
+    """
+
+    expanded: Tensor
+    """(T + S * (W - 1),) source of each entry of the expanded row."""
+    tokens_T: Tensor
+    """(T,) the output of the shifted sum that belongs to each token."""
+    tails: Tensor
+    """(S, W - 1) source of each segment's own tail: the last W - 1 inputs on its path."""
+
+    @classmethod
+    def build(cls, lengths: list[int], parents: list[int], initial: list[int], taps: int, device: torch.device) -> ConvPlan:
+        """Lays the segments out.
+
+        Args:
+            lengths: (S,) tokens per segment, in row order.
+            parents: (S,) earlier segment that each continues, or -1.
+            initial: (S,) for segments without a parent, the given tail they continue, or -1 for zeros.
+            taps: W.
+        """
+        reach = taps - 1
+        total = sum(lengths)
+        tails: list[list[int]] = []
+        expanded: list[Tensor] = []
+        tokens: list[Tensor] = []
+        start = 0
+        for segment, (length, parent, tail) in enumerate(zip(lengths, parents, initial, strict=True)):
+            if parent >= 0:
+                history = tails[parent]
+            elif tail >= 0:
+                history = [total + 1 + tail * reach + entry for entry in range(reach)]
+            else:
+                history = [total] * reach
+            own = torch.arange(start, start + length)
+            expanded += [torch.tensor(history, dtype=torch.int64), own]
+            tokens.append(own + segment * reach)
+            tails.append((history + own[-reach:].tolist())[-reach:])
+            start += length
+        return cls(
+            expanded=torch.cat(expanded).to(device),
+            tokens_T=torch.cat(tokens).to(device),
+            tails=torch.tensor(tails).to(device),
+        )
+
+
+def causal_conv(
+    u: Tensor, weight: Tensor, bias: Tensor, plan: ConvPlan, initial_tails: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolved row (T, I) and every segment's tail (S, W - 1, I): its path's last inputs, oldest first.
+
+    Args:
+        u: (T, I) input.
+        weight: (I, W) taps, the last one for the current token.
+        bias: (I,).
+        plan: where each tap reads.
+        initial_tails: (R, W - 1, I) that `plan` refers to.
+    """
+    source = [u, u.new_zeros(1, u.shape[1])]
+    if initial_tails is not None:
+        source.append(initial_tails.to(u.dtype).flatten(0, 1))
+    extended = torch.cat(source)
+    expanded = extended[plan.expanded]
+    taps = weight.shape[1]
+    outputs = len(expanded) - taps + 1
+    weight = weight.to(u.dtype)
+    y = bias.to(u.dtype) + expanded[taps - 1 :] * weight[:, taps - 1]
+    for tap in range(taps - 1):
+        y = y + expanded[tap : tap + outputs] * weight[:, tap]
+    return y[plan.tokens_T], extended[plan.tails]

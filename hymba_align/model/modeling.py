@@ -1,0 +1,472 @@
+"""Hymba: layers whose attention heads and Mamba heads read the same input in parallel, behind learned meta tokens.
+
+There is one forward pass, over a packed row (see `layout.py`): the meta tokens run once, at its start, and every
+document continues them.
+
+Glossary (paper: Hymba, arXiv 2411.13676; Mamba, arXiv 2312.00752)
+    B, T   batch rows and columns             L   tokens of the packed row, meta tokens included
+    D      hidden size                        I   inner size of both branches
+    H, G   query heads, key/value heads       d, e   query/key and value head sizes
+    N      SSM state size                     R   rank of the step size
+    M      meta tokens                        V   vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from hymba_align.model.attention import TreeAttention
+from hymba_align.model.cache import HymbaCache, HymbaLayerState, KeyValues, LayerUpdate
+from hymba_align.model.configuration import HymbaConfig
+from hymba_align.model.kernels import ConvPlan, causal_conv, selective_scan
+from hymba_align.model.layout import Layout, lay_out
+from hymba_align.model.plan import ForwardPlan
+from hymba_align.model.segments import ROOT, SegmentTree
+
+IGNORED_LABEL = -100
+
+
+class HymbaRMSNorm(nn.Module):
+    """Root mean square norm in float32, cast back, then scaled. Source: arXiv 1910.07467, equation 4."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class HymbaStepProjection(nn.Linear):
+    """Linear layer whose bias is added in float32, as the step size needs; its output is float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).float() + cast(Tensor, self.bias).float()
+
+
+class HymbaConv(nn.Module):
+    """Causal depthwise convolution along the tree. Not an `nn.Conv1d`: adapters made for that would not see the tree."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, u_LI: Tensor, plan: ConvPlan, tails: Tensor | None) -> tuple[Tensor, Tensor]:
+        return causal_conv(u_LI, self.weight.squeeze(1), self.bias, plan, tails)
+
+
+class HymbaDecay(nn.ParameterList):
+    """A_log, the logarithm of the negated state matrix (I, N), as the list of one that checkpoints store.
+
+    A class of its own because transformers initialises the weights of other people's models by the module that holds
+    them directly.
+    """
+
+    def __init__(self, channels: int, state: int) -> None:
+        super().__init__([torch.empty(channels, state)])
+
+
+class HymbaSkip(nn.ParameterList):
+    """D, the SSM's direct path (I,), as the list of one that checkpoints store."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__([torch.empty(channels)])
+
+
+class MixerOutput(NamedTuple):
+    x: Tensor
+    k: Tensor
+    v: Tensor
+    conv_tail: Tensor
+    ssm_state: Tensor
+
+
+class HymbaMixer(nn.Module):
+    """The hybrid head: attention and SSM side by side, normalised and averaged. Source: Hymba, section 2.1, equation 3.
+
+    Args:
+        config: shape of the model.
+        layer: index of this layer.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        inner, state, rank = config.inner_size, config.mamba_d_state, config.mamba_dt_rank
+        self.layer = layer
+        self.kv_source = config.kv_source(layer)
+        self.is_global = config.is_global(layer)
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.v_head_dim = config.head_dim, config.v_head_dim
+        self.dt_rank, self.state = rank, state
+        # q | k | v | u | z; layers that reuse keys and values have no k | v
+        own_kv = [self.groups * self.head_dim, self.groups * self.v_head_dim] if self.kv_source == layer else [0, 0]
+        self.splits = [self.heads * self.head_dim, *own_kv, inner, inner]
+
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.conv1d = HymbaConv(inner, config.mamba_d_conv)
+        self.x_proj = nn.ModuleList([nn.Linear(inner, rank + 2 * state, bias=False)])
+        self.dt_proj = nn.ModuleList([HymbaStepProjection(rank, inner)])
+        self.A_log = HymbaDecay(inner, state)
+        self.D = HymbaSkip(inner)
+        self.dt_layernorm = HymbaRMSNorm(rank, config.rms_norm_eps)
+        self.B_layernorm = HymbaRMSNorm(state, config.rms_norm_eps)
+        self.C_layernorm = HymbaRMSNorm(state, config.rms_norm_eps)
+        self.pre_avg_layernorm1 = HymbaRMSNorm(inner, config.rms_norm_eps)
+        self.pre_avg_layernorm2 = HymbaRMSNorm(inner, config.rms_norm_eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_LD: Tensor, k: Tensor | None, v: Tensor | None, plan: ForwardPlan, past: HymbaLayerState | None, stored: KeyValues | None
+    ) -> MixerOutput:
+        """Runs the layer on a packed row.
+
+        Args:
+            x_LD: normalised input.
+            k: (L, G, d) keys of the layer's source, if it reuses another's.
+            v: (L, G, e) values of the layer's source, if it reuses another's.
+            plan: the packed row.
+            past: this layer's state before the row, if it continues a cache.
+            stored: cached keys and values of the layer's source, if the row continues a cache.
+        """
+        q, own_k, own_v, u_LI, z_LI = self.in_proj(x_LD).split(self.splits, dim=-1)
+        q = plan.rotate(q.unflatten(-1, (self.heads, self.head_dim)))
+        if k is None or v is None:
+            k = plan.rotate(own_k.unflatten(-1, (self.groups, self.head_dim)))
+            v = own_v.unflatten(-1, (self.groups, self.v_head_dim))
+        if isinstance(plan.attention, TreeAttention):
+            a_LI = plan.attention.attend(q, k, v, is_global=self.is_global)
+        else:
+            a_LI = plan.attention.attend(q, k, v, cast(KeyValues, stored))
+        y_LI, conv_tail, ssm_state = self._scan(u_LI, z_LI, plan, past)
+        fused_LI = (self.pre_avg_layernorm1(a_LI) + self.pre_avg_layernorm2(y_LI)) / 2
+        return MixerOutput(self.out_proj(fused_LI), k, v, conv_tail, ssm_state)
+
+    def _scan(self, u_LI: Tensor, z_LI: Tensor, plan: ForwardPlan, past: HymbaLayerState | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The SSM branch: gated output (L, I), convolution tails and final states. Source: Mamba, section 3.4, figure 3."""
+        u_LI, conv_tail = self.conv1d(u_LI, plan.conv, None if past is None else past.conv_tail)
+        u_LI = F.silu(u_LI)
+        dt_LR, B_LN, C_LN = self.x_proj[0](u_LI).split([self.dt_rank, self.state, self.state], dim=-1)
+        dt_LI = F.softplus(self.dt_proj[0](self.dt_layernorm(dt_LR)))
+        A = -torch.exp(self.A_log[0].float())
+        y_LI, ssm_state = selective_scan(
+            u_LI, dt_LI, A, self.B_layernorm(B_LN), self.C_layernorm(C_LN), plan.scan, None if past is None else past.ssm_state
+        )
+        y_LI = (y_LI + self.D[0].float() * u_LI) * F.silu(z_LI.float())
+        return y_LI.to(u_LI.dtype), conv_tail, ssm_state
+
+
+class HymbaMLP(nn.Module):
+    """SwiGLU feed-forward block. Source: arXiv 2002.05202, section 2."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HymbaExperts(nn.Module):
+    """The one expert of released checkpoints, under the name they store it by."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([HymbaMLP(config)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x)
+
+
+class HymbaDecoderLayer(GradientCheckpointingLayer):
+    """One layer: hybrid head, then feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.mamba = HymbaMixer(config, layer)
+        self.moe = HymbaExperts(config)
+        self.input_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_moe_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_LD: Tensor, k: Tensor | None, v: Tensor | None, plan: ForwardPlan, past: HymbaLayerState | None, stored: KeyValues | None
+    ) -> MixerOutput:
+        """As `HymbaMixer.forward`, on the residual stream. Tensors are positional: reentrant checkpointing needs that."""
+        mixed = self.mamba(self.input_layernorm(x_LD), k, v, plan, past, stored)
+        x_LD = x_LD + mixed.x
+        return mixed._replace(x=x_LD + self.moe(self.pre_moe_layernorm(x_LD)))
+
+
+class HymbaPreTrainedModel(PreTrainedModel):
+    """Weights, initialisation and what transformers needs to know."""
+
+    config_class = HymbaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HymbaDecoderLayer"]  # noqa: RUF012  transformers' own form
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; the SSM starts as in Mamba: A = -1..-N, D = 1, step sizes between 0.001 and 0.1."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HymbaConv):
+            bound = 1 / math.sqrt(module.weight.shape[-1])
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, HymbaStepProjection):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            dt = torch.exp(torch.empty_like(module.bias).uniform_(math.log(1e-3), math.log(1e-1)))
+            init.copy_(module.bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        elif isinstance(module, HymbaDecay):
+            init.copy_(module[0], torch.arange(1, module[0].shape[1] + 1).log().expand_as(module[0]))
+        elif isinstance(module, HymbaSkip):
+            init.ones_(module[0])
+        elif isinstance(module, HymbaModel):
+            init.normal_(module.memory_tokens, mean=0.0, std=std)
+
+
+class HymbaModel(HymbaPreTrainedModel):
+    """The layers behind the meta tokens, without a head."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([HymbaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.final_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segments: SegmentTree | None = None,
+        shared_prefix_lengths: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, D) of the text tokens; zeros at padding.
+
+        Args:
+            input_ids: (B, T); or `inputs_embeds`.
+            attention_mask: (B, T), 0 marks padding on any side. With a filled cache, (B, past + T) is accepted too.
+            position_ids: (B, T); only where they restart at 0 matters: documents of one row. Positions themselves follow
+                from the documents and count the meta tokens.
+            past_key_values: state of the sequences so far, continued in place.
+            inputs_embeds: (B, T, D) instead of `input_ids`.
+            use_cache: return a cache. By default as the configuration says, but not in training and not for packed rows.
+            segments: tree over a single row (B = 1).
+            shared_prefix_lengths: (B / 2,) leading real tokens that rows i and i + B / 2 share; computed once.
+            cu_seq_lens_q: (S + 1,) cumulative document lengths of a single row.
+            output_hidden_states: also return the input of every layer and the final norm's output.
+            output_attentions: not available; attention weights are never formed for a whole row.
+            kwargs: what collators and `generate` send along and nothing here needs (`seq_idx`, `max_length_q`, ...).
+
+        Raises:
+            ValueError: inputs that contradict each other; the message names the value.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Hymba takes input_ids or inputs_embeds, exactly one of them")
+        if output_attentions:
+            raise ValueError("Hymba returns no attention weights; leave output_attentions off")
+        embeds_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, columns, _ = embeds_BTD.shape
+        if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only")
+        continues = past_key_values is not None and past_key_values.is_initialized
+        if continues and attention_mask is not None:
+            attention_mask = attention_mask[:, -columns:]
+        layout = lay_out(
+            batch,
+            columns,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=None if continues else position_ids,  # with a cache, positions follow from it
+            cu_seq_lens=cu_seq_lens_q,
+            segments=segments,
+            shared_prefix_lengths=shared_prefix_lengths,
+        )
+        cache = self._choose_cache(past_key_values, use_cache, layout, batch)
+
+        x_LD = layout.pack(embeds_BTD)
+        plan = ForwardPlan.build(self.config, layout.tree, layout.rows_S, cache, x_LD.dtype, x_LD.device)
+        if plan.meta_tokens:
+            x_LD = torch.cat([self.memory_tokens.to(x_LD.dtype), x_LD])
+        x_LD, inputs, updates = self._run_layers(x_LD, plan, cache)
+        x_LD = self.final_layernorm(x_LD)
+        if cache is not None:
+            cache.commit(updates, layout.rows_S, layout.tree.lengths, columns, batch)
+        states = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            states = tuple(layout.unpack(state[plan.meta_tokens :], batch) for state in (*inputs, x_LD))
+        return BaseModelOutputWithPast(
+            last_hidden_state=layout.unpack(x_LD[plan.meta_tokens :], batch), past_key_values=cache, hidden_states=states
+        )
+
+    def _choose_cache(
+        self, past: HymbaCache | None, use_cache: bool | None, layout: Layout, batch: int
+    ) -> HymbaCache | None:
+        """The caller's cache, or a new one if asked for; by default as the configuration says, where the rows allow it."""
+        if past is not None and past.is_initialized:
+            if len(past.lengths) != batch:
+                raise ValueError(f"the cache holds {len(past.lengths)} sequences but the batch has {batch} rows")
+            if len(set(layout.rows_S.tolist())) < len(layout.rows_S):
+                raise ValueError(_obstacle_to_caching(layout, batch))
+            return past
+        obstacle = _obstacle_to_caching(layout, batch)
+        if obstacle and (past is not None or use_cache):
+            raise ValueError(obstacle)
+        if past is not None:
+            return past
+        wanted = self.config.use_cache and not self.training and not obstacle if use_cache is None else use_cache
+        return HymbaCache(self.config) if wanted else None
+
+    def _run_layers(
+        self, x_LD: Tensor, plan: ForwardPlan, cache: HymbaCache | None
+    ) -> tuple[Tensor, list[Tensor], list[LayerUpdate]]:
+        """Output of the last layer, the input of every layer, and what the cache takes in."""
+        inputs: list[Tensor] = []
+        updates: list[LayerUpdate] = []
+        shared: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer_index, layer in enumerate(self.layers):
+            inputs.append(x_LD)
+            source = self.config.kv_source(layer_index)
+            k, v = shared.get(source, (None, None))
+            past = stored = None
+            if cache is not None and cache.is_initialized:
+                past, stored = cache.states[layer_index], cache.states[source].key_values
+            x_LD, k, v, conv_tail, ssm_state = layer(x_LD, k, v, plan, past, stored)
+            shared[source] = (k, v)
+            if cache is not None:
+                updates.append(LayerUpdate(k, v, conv_tail, ssm_state))
+        return x_LD, inputs, updates
+
+
+def _obstacle_to_caching(layout: Layout, batch: int) -> str | None:
+    """Why the rows of a batch cannot start or continue a cache, if they cannot."""
+    if (layout.tree.parents != ROOT).any() or len(set(layout.rows_S.tolist())) < len(layout.rows_S):
+        return "a cache holds one sequence per row; pass use_cache=False with packed documents, trees or shared prefixes"
+    if missing := set(range(batch)) - set(layout.rows_S.tolist()):
+        return f"attention_mask has no real token in row {min(missing)}; every sequence needs one to start a cache"
+    return None
+
+
+class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+    """Hymba with its language-model head, tied to the embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' own form
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.model = HymbaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segments: SegmentTree | None = None,
+        shared_prefix_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and with `labels` the mean next-token loss.
+
+        Args:
+            labels: (B, T) token ids; -100 is not scored, nor is padding or the first token of a document. In a tree a
+                segment's first token is predicted by its parent's last one.
+            logits_to_keep: last columns to compute logits for (0: all), or a tensor of column indices; not with labels.
+            kwargs: the remaining inputs of `HymbaModel.forward`; `num_items_in_batch` divides the summed loss instead
+                of the number of scored tokens.
+
+        The other arguments and the errors are those of `HymbaModel.forward`.
+        """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segments=segments,
+            shared_prefix_lengths=shared_prefix_lengths,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden_BTD = outputs.last_hidden_state
+        logits = self.lm_head(hidden_BTD if isinstance(keep, int) else hidden_BTD[:, keep])
+        loss = None
+        if labels is not None:
+            if not isinstance(keep, int):
+                raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
+            predicting, targets = _next_token_pairs(labels, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), segments)
+            loss = self.loss_function(
+                logits.flatten(0, 1)[predicting.to(logits.device)],
+                labels=None,
+                shift_labels=targets,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Gives `generate` a `HymbaCache` where it would make one of transformers' own."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; Hymba generates with its own HymbaCache, leave it unset"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HymbaCache(self.config)
+
+
+def _next_token_pairs(
+    labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, segments: SegmentTree | None
+) -> tuple[Tensor, Tensor]:
+    """Positions in the flattened batch that predict, and what: (n,) and (n,), document starts and padding left out."""
+    batch, columns = labels.shape
+    layout = lay_out(
+        batch, columns, attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens, segments=segments
+    )
+    before = layout.tree.predecessors()
+    predicted = (before != ROOT).nonzero().flatten()
+    predicting = before[predicted]
+    if layout.take_L is not None:
+        predicted, predicting = layout.take_L[predicted], layout.take_L[predicting]
+    return predicting, labels.flatten()[predicted.to(labels.device)]
