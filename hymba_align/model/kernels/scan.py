@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_STEPS = 16
 """Steps per chunk: 16 and 32 measured alike on two cores and 8 slower; fewer steps pad short segments less."""
 
-BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**20
 """State elements (tokens x channels x N) worked on at once, so that a block stays in the processor's cache."""
 
 
@@ -146,16 +146,18 @@ class _SelectiveScan(torch.autograd.Function):
 
             total = torch.exp(dt_block.sum(0).unsqueeze(-1) * A_block)
             start = start_CIN[:, block].contiguous()
+            end = h[-1].clone()
+            end[: plan.levels[0][1]].addcmul_(total[: plan.levels[0][1]], start[: plan.levels[0][1]])
             for first, last in plan.levels[1:]:
-                parents = plan.parents_C[first:last]
-                start[first:last] = torch.addcmul(h[-1, parents], total[parents], start[parents])
+                start[first:last] = end[plan.parents_C[first:last]]
+                end[first:last].addcmul_(total[first:last], start[first:last])
             start_CIN[:, block] = start
 
             for step in range(steps):
                 start = decay[step] * start
                 h[step] += start
-            y_KCI[:, :, block] = torch.matmul(h, C_KCN.unsqueeze(-1)).squeeze(-1)
-            final_SIN[:, block] = h[-1, plan.last_chunk_S]
+            y_KCI[:, :, block] = h.mul_(C_KCN.unsqueeze(2)).sum(-1)
+            final_SIN[:, block] = end[plan.last_chunk_S]
 
         ctx.save_for_backward(u, dt, A, B, C, start_CIN)
         ctx.plan, ctx.has_initial = plan, initial is not None
@@ -205,11 +207,11 @@ class _SelectiveScan(torch.autograd.Function):
 
             dC_KCN += torch.matmul(dy_block.unsqueeze(2), h).squeeze(2)
             dB_KCN += torch.matmul(x.unsqueeze(2), g).squeeze(2)
-            dx = torch.matmul(g, B_KCN.unsqueeze(-1)).squeeze(-1)
+            dx = (g * B_KCN.unsqueeze(2)).sum(-1)  # measured faster than the matrix product, as the next sums are
             decay[0] *= start
             decay[1:] *= h[:-1]
             g *= decay  # gradient of dt A, the exponent
-            dA[block] = torch.einsum("kcin,kci->in", g, dt_block)
+            dA[block] = (g * dt_block.unsqueeze(-1)).sum((0, 1))
             ddt_KCI[:, :, block] = torch.addcmul((g.mul_(A_block)).sum(-1), u_block, dx)
             du_KCI[:, :, block] = dt_block * dx
 

@@ -1,0 +1,33 @@
+# make demo   the whole road on the CPU: environment, then SFT, DPO and scores of a tiny Hymba
+# make test   the tests
+# make lint   style, types, import layers
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RECIPE ?= recipes/tiny/arithmetic.yaml
+
+.PHONY: install demo test lint clean
+install: $(STAMP)
+
+# torch comes first and alone, because deepspeed's build looks for it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	HF_HUB_OFFLINE=1 $(BIN)/hymba-align run $(RECIPE)
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,195 @@
+"""The command line. Nothing heavy is imported before a command runs, so that --help answers at once.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hymba_align import __version__
+from hymba_align.errors import HymbaAlignError
+
+if TYPE_CHECKING:
+    from hymba_align.eval import TaskResult
+    from hymba_align.recipe import EvalSection
+
+INTERRUPTED = 130
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and stop.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of a command line (that of this process by default); prints one sentence for errors of the user."""
+    try:
+        code = cli.main(args=arguments, prog_name="hymba-align", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; the same command continues.", err=True)
+        return INTERRUPTED
+    except HymbaAlignError as error:
+        click.echo(f"{_rank_prefix()}Error: {error}", err=True)
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _rank_prefix() -> str:
+    """Which of several processes speaks."""
+    return f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and "LOCAL_RANK" in os.environ else ""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hymba-align", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Fine-tune and align Hymba, NVIDIA's hybrid-head language model, from one YAML recipe."""
+
+
+@cli.command(short_help="All stages of a recipe: SFT, DPO, scores, report.")
+@recipe_argument
+@overrides_argument
+@dry_run_option
+def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run all stages of RECIPE: score the base, SFT, score, DPO, score, report.
+
+    Finished stages are skipped while their inputs are unchanged, interrupted ones resume.
+
+    \b
+    Example:
+      hymba-align run recipes/tiny/arithmetic.yaml eval.limit=20
+    """
+    from hymba_align.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from hymba_align.pipeline import run_recipe
+
+    run_recipe(loaded, dry_run=dry_run)
+
+
+@cli.command(short_help="Supervised fine-tuning alone.")
+@recipe_argument
+@overrides_argument
+@dry_run_option
+def sft(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run the SFT stage of RECIPE, from its base to runs/NAME/sft/final.
+
+    \b
+    Example:
+      hymba-align sft recipes/tiny/arithmetic.yaml sft.trainer.learning_rate=1e-4
+    """
+    _train("sft", recipe, overrides, dry_run)
+
+
+@cli.command(short_help="Direct preference optimisation alone.")
+@recipe_argument
+@overrides_argument
+@dry_run_option
+def dpo(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run the DPO stage of RECIPE, from its SFT checkpoint (or its base, without a section sft) to runs/NAME/dpo/final.
+
+    \b
+    Example:
+      hymba-align dpo recipes/tiny/arithmetic.yaml dpo.trainer.beta=0.2
+    """
+    _train("dpo", recipe, overrides, dry_run)
+
+
+def _train(stage: str, recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    from hymba_align.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from hymba_align.pipeline import run_stage
+
+    run_stage(loaded, "sft" if stage == "sft" else "dpo", dry_run=dry_run)
+
+
+@cli.command("eval", short_help="Scores of any Hymba checkpoint.")
+@click.argument("checkpoint")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--tasks", default="gsm8k", show_default=True, help="What to score, separated by commas.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for scores and samples.")
+@click.option(
+    "--chat-template",
+    default="hymba",
+    show_default=True,
+    help="'hymba', 'released' (the one in the checkpoint), or a .jinja file.",
+)
+def evaluate(checkpoint: str, overrides: tuple[str, ...], tasks: str, output: Path | None, chat_template: str) -> None:
+    """Score CHECKPOINT, a folder or a hub repository.
+
+    KEY=VALUE are keys of a recipe's section eval.
+
+    \b
+    Example:
+      hymba-align eval runs/arithmetic/sft/final --tasks gsm8k limit=20 \\
+          gsm8k.train_path=data/arithmetic/train.jsonl gsm8k.test_path=data/arithmetic/test.jsonl
+    """
+    section = _eval_section(tasks, overrides)
+    _quiet_libraries()
+    from hymba_align.eval import evaluate as score
+
+    out_dir = output or Path("runs") / "eval" / checkpoint.strip("./").replace("/", "-")
+    _print_results(score(checkpoint, section, out_dir, chat_template=chat_template), out_dir)
+
+
+def _eval_section(tasks: str, overrides: tuple[str, ...]) -> EvalSection:
+    from hymba_align.recipe import TASKS, EvalSection
+    from hymba_align.recipe_loading import load_section
+
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise click.BadParameter(f"'{name}' is not a task; tasks: {', '.join(TASKS)}", param_hint="'--tasks'")
+    keys = [override.removeprefix("eval.") for override in overrides]
+    return load_section(EvalSection, None, [f"tasks=[{','.join(names)}]", *keys], prefix="eval.")
+
+
+def _print_results(results: dict[str, TaskResult], out_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "problems", "score", "value, %")
+    for task, result in results.items():
+        for name, score in result.scores.items():
+            error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
+            count = f"{result.n} of {result.total}" if result.partial else str(result.n)
+            table.add_row(task, count, name.replace("_", " "), f"{100 * score.value:.1f}{error}")
+    console = Console(highlight=False)
+    console.print(table)
+    for task, result in results.items():
+        for warning in result.warnings:
+            console.print(f"Warning, {task}: {warning}", soft_wrap=True, markup=False)
+        console.print(f"Every answer: {out_dir / f'{task}.json'}", soft_wrap=True, markup=False)
+
+
+def _quiet_libraries() -> None:
+    """Turns off, by the libraries' own switches, what does not concern the user; their warnings stay on.
+
+    Environment variables where they exist, because those reach launched processes too.
+    """
+    import torch
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a dozen bars per stage, for work of seconds
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork of a data worker
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    transformers.logging.disable_progress_bar()  # one for every checkpoint read or written
+    enable_progress_bars()  # which that switched off too; downloads take long enough to be watched

@@ -1,0 +1,279 @@
+"""GSM8K through lm-evaluation-harness: its own task definition, our chat template, optionally local files.
+
+What differs from the packaged task: where the rows come from, how many tokens may be generated, and two more stops, the
+token that ends an assistant turn (added by the harness) and the marker that starts the next turn.
+
+Few-shot examples: the harness draws `num_fewshot` training rows afresh for every test problem, from a generator seeded
+with 1234, walking the test file in order. So problem i gets the same examples in every run with the same files,
+whatever the process's random state, and `limit` n scores exactly the first n problems of the full test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hymba_align.errors import DataError, RecipeError
+from hymba_align.eval.result import Sample, Score, TaskResult
+from hymba_align.recipe import DataSection, EvalSection
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FEWSHOT_SEED = 1234
+TURN_MARKER = "<extra_id_1>"
+FILTERS = {"strict-match": "strict_match", "flexible-extract": "flexible_match"}
+PACKAGES = ("lm-eval", "transformers", "torch", "datasets")
+
+
+def score_gsm8k(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: EvalSection) -> TaskResult:
+    """Strict and flexible exact match of greedy answers, with every sample.
+
+    Raises:
+        DataError: a file that is missing, malformed or not in GSM8K's format.
+        RecipeError: settings that contradict each other or the model's context.
+    """
+    from lm_eval.evaluator import evaluate
+
+    started = time.perf_counter()
+    context = _check_context(model, section)
+    with _quiet() as terminal:
+        task = load_task(section)
+        lm = chat_model(model, tokenizer, section, terminal=terminal, max_length=context)
+        results = evaluate(
+            lm=lm,
+            task_dict={"tasks": {"gsm8k": task}},
+            limit=section.limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+        )
+    assert results is not None, "scoring runs in one process"
+    total = len(task.eval_docs)
+    samples = merge_samples(results["samples"]["gsm8k"])
+    scores = results["results"]["gsm8k"]
+    return TaskResult(
+        task="gsm8k",
+        n=len(samples),
+        total=total,
+        limit=section.limit,
+        partial=len(samples) < total,
+        scores={
+            name: Score(float(scores[f"exact_match,{key}"]), _number(scores[f"exact_match_stderr,{key}"]))
+            for key, name in FILTERS.items()
+        },
+        settings=_settings(section, model, task),
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        wall_s=time.perf_counter() - started,
+        ended=lm.ended,
+        truncated_prompts=lm.truncated_prompts,
+        warnings=_warnings(lm.truncated_prompts, lm.max_prompt_tokens, context, section),
+        samples=samples,
+    )
+
+
+# ---- the task -------------------------------------------------------------------------------------------------------
+
+
+def load_task(section: EvalSection) -> Task:
+    """The packaged gsm8k task with this section's data, few-shot count and generation settings."""
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.tasks import TaskManager
+
+    packaged = Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"
+    config: dict[str, Any] = yaml.safe_load(packaged.read_text(encoding="utf-8"))
+    generation = config["generation_kwargs"]
+    config["generation_kwargs"] = {
+        **generation,
+        "until": [*generation["until"], TURN_MARKER],
+        "max_gen_toks": section.max_new_tokens,
+    }
+    config["num_fewshot"] = section.gsm8k.num_fewshot
+    config.update(_local_data(section))
+    # Without `include_defaults=False` the harness first reads all its thousands of task files.
+    task: Task = TaskManager(include_defaults=False).load([config])["tasks"]["gsm8k"]
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    return task
+
+
+def _local_data(section: EvalSection) -> dict[str, Any]:
+    """The keys of the task that replace its data by local files; none when the section names none.
+
+    Raises: RecipeError, DataError.
+    """
+    train, test, shots = section.gsm8k.train_path, section.gsm8k.test_path, section.gsm8k.num_fewshot
+    if train is None and test is None:
+        return {}
+    if test is None:
+        raise RecipeError(
+            "eval.gsm8k.test_path is missing beside train_path; give both files, or neither for the hub's"
+        )
+    splits = {"test": _read(test, "eval.gsm8k.test_path", at_least=1)}
+    if not shots:
+        return {"custom_dataset": lambda **_: splits, "training_split": None, "fewshot_split": None}
+    if train is None:
+        raise RecipeError(
+            f"eval.gsm8k.train_path is missing; the {shots} few-shot examples come from it "
+            "(or set eval.gsm8k.num_fewshot=0)"
+        )
+    splits["train"] = _read(train, "eval.gsm8k.train_path", at_least=shots)
+    return {"custom_dataset": lambda **_: splits}
+
+
+def _read(path: str, key: str, *, at_least: int) -> Dataset:
+    """The questions and answers of a file, every answer with its `#### number`."""
+    from hymba_align.data.schemas import SOURCE
+    from hymba_align.data.sources import load_rows
+
+    if not Path(path).expanduser().is_file():
+        raise DataError(f"{path}: no such file; correct {key}")
+    rows = load_rows(DataSection(path=path))
+    if "question" not in rows.column_names:
+        raise DataError(f"{path}: GSM8K rows have a question and an answer; these have {', '.join(rows.column_names)}")
+    if len(rows) < at_least:
+        raise DataError(f"{path}: the file has {len(rows)} rows; {key} needs at least {at_least}")
+    for place, answer in zip(rows[SOURCE], rows["answer"], strict=True):
+        if "#### " not in answer:
+            raise DataError(f"{place}: the answer has no line '#### <number>' to compare with; add one")
+    return rows.select_columns(["question", "answer"])
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def chat_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: EvalSection,
+    *,
+    terminal: Any,
+    max_length: int,
+) -> HFLM:
+    """The harness's wrapper of a loaded model, with one progress bar and counts of truncated prompts and ended answers.
+
+    `add_bos_token=False`, because the prompt is a rendered chat: left alone, the harness lets the tokenizer prepend the
+    <s> that no training row has.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm
+
+    class ChatHFLM(HFLM):
+        ended = 0
+        truncated_prompts = 0
+        max_prompt_tokens = 0
+
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+            room = self.max_length - section.max_new_tokens
+            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+            self.truncated_prompts = sum(length > room for length in lengths)
+            self.max_prompt_tokens = max(lengths)
+            with tqdm(total=len(requests), desc="gsm8k", unit="problem", file=terminal) as self.bar:
+                answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+            return answers
+
+        def _model_generate(self, context: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+            generated: torch.Tensor = super()._model_generate(context, *arguments, **settings)
+            answers = generated[:, context.shape[1] :]
+            self.ended += int((answers == tokenizer.eos_token_id).any(dim=1).sum())
+            self.bar.update(context.shape[0])
+            return generated
+
+    return ChatHFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=section.batch_size,
+        add_bos_token=False,
+        max_length=max_length,
+    )
+
+
+def _check_context(model: PreTrainedModel, section: EvalSection) -> int:
+    """The model's context in text tokens, when answers leave room for a prompt."""
+    context = int(model.config.max_position_embeddings)
+    if section.max_new_tokens >= context:
+        raise RecipeError(
+            f"eval.max_new_tokens is {section.max_new_tokens}, which leaves no room for a prompt in the model's context "
+            f"of {context} tokens; lower it"
+        )
+    return context
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Any]:
+    """Silences the harness's logging and its unconditional progress bars; yields the real stderr."""
+    terminal, logger = sys.stderr, logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield terminal
+    finally:
+        logger.setLevel(level)
+
+
+# ---- the result -----------------------------------------------------------------------------------------------------
+
+
+def merge_samples(logged: list[dict[str, Any]]) -> list[Sample]:
+    """One sample per problem, from the harness's one per problem and filter."""
+    by_problem: dict[int, dict[str, dict[str, Any]]] = {}
+    for record in logged:
+        by_problem.setdefault(record["doc_id"], {})[FILTERS[record["filter"]]] = record
+    samples = []
+    for number, records in sorted(by_problem.items()):
+        first = next(iter(records.values()))
+        samples.append(
+            Sample(
+                doc_id=number,
+                question=first["doc"]["question"],
+                target=first["target"],
+                response=first["resps"][0][0],
+                extracted={name: str(record["filtered_resps"][0]) for name, record in records.items()},
+                correct={name: bool(record["exact_match"]) for name, record in records.items()},
+            )
+        )
+    return samples
+
+
+def _settings(section: EvalSection, model: PreTrainedModel, task: Task) -> dict[str, Any]:
+    return {
+        "harness_task_version": task.VERSION,
+        "num_fewshot": section.gsm8k.num_fewshot,
+        "fewshot_seed": FEWSHOT_SEED,
+        "fewshot_as_multiturn": True,
+        "apply_chat_template": True,
+        "greedy": True,
+        "max_new_tokens": section.max_new_tokens,
+        "batch_size": section.batch_size,
+        "until": task.config.generation_kwargs["until"],
+        "train_path": section.gsm8k.train_path,
+        "test_path": section.gsm8k.test_path or "openai/gsm8k",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
+def _warnings(truncated: int, longest: int, context: int, section: EvalSection) -> tuple[str, ...]:
+    if not truncated:
+        return ()
+    return (
+        f"{truncated} prompts lost their beginning: the longest has {longest} tokens, and the model's context of {context} "
+        f"leaves {context - section.max_new_tokens} beside eval.max_new_tokens; lower eval.gsm8k.num_fewshot",
+    )
+
+
+def _number(value: Any) -> float | None:
+    """The harness writes "N/A" where a standard error is undefined, as for one problem."""
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,179 @@
+"""A run's report.md: scores by stage beside the published ones, how training went, and sample answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hymba_align.checkpoint import write_text
+from hymba_align.eval.result import Sample, TaskResult, read_result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STAGES = ("base", "sft", "dpo")
+STAGE_NAMES = {"base": "base", "sft": "after SFT", "dpo": "after DPO"}
+# Hymba paper, arXiv 2411.13676, table 4: Hymba-1.5B-Instruct, in percent.
+PUBLISHED = {"gsm8k": 58.76}
+SAMPLES_PER_STAGE = 3
+LONGEST_SHOWN = 600  # characters of a response
+
+COMPARISON = (
+    "The published number is that of Hymba-1.5B-Instruct (Hymba paper, table 4). It compares only with a run that starts "
+    "from nvidia/Hymba-1.5B-Base and is scored on the full official test set; partial scores and other models stand "
+    "beside it for orientation alone."
+)
+
+
+def write_report(run_root: Path) -> Path:
+    """The path of report.md, written from what the run folder holds so far."""
+    results = load_results(run_root)
+    sections = [
+        f"# {run_root.name}",
+        "## Scores",
+        *_score_section(results),
+        "## Training",
+        *_training_section(run_root),
+        "## Sample answers",
+        *_sample_section(results),
+    ]
+    path = run_root / "report.md"
+    write_text(path, "\n\n".join(sections) + "\n")
+    return path
+
+
+def score_table(run_root: Path) -> Table:
+    """The same scores for the terminal."""
+    from rich.table import Table
+
+    results = load_results(run_root)
+    table = Table(title=f"Scores of {run_root.name}", caption=COMPARISON if results else None)
+    for name, justify in (("stage", "left"), ("task", "left"), ("problems", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("strict match", "flexible match", "published"):
+        table.add_column(name, justify="right")
+    for stage, task, result in results:
+        table.add_row(STAGE_NAMES[stage], task, _problems(result), *_scores(result), _published(task))
+    return table
+
+
+def load_results(run_root: Path) -> list[tuple[str, str, TaskResult]]:
+    """(stage, task, result) of every result file, in the order of the stages."""
+    found = []
+    for stage in STAGES:
+        for path in sorted((run_root / "eval" / stage).glob("*.json")):
+            found.append((stage, path.stem, read_result(path)))
+    return found
+
+
+def _score_section(results: list[tuple[str, str, TaskResult]]) -> list[str]:
+    if not results:
+        return ["No stage has been scored yet."]
+    lines = [
+        "| stage | task | problems | strict match, % | flexible match, % | published, % | answers that end |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for stage, task, result in results:
+        ended = f"{result.ended} of {result.n}"
+        cells = (STAGE_NAMES[stage], task, _problems(result), *_scores(result), _published(task), ended)
+        lines.append("| " + " | ".join(cells) + " |")
+    warnings = [f"Warning, {STAGE_NAMES[stage]}: {text}." for stage, _, result in results for text in result.warnings]
+    protocol = results[-1][2].settings
+    how = (
+        f"Protocol: {protocol['num_fewshot']}-shot as a conversation, greedy, at most {protocol['max_new_tokens']} new "
+        f"tokens, test file `{protocol['test_path']}`, lm-evaluation-harness {results[-1][2].versions['lm-eval']}. "
+        "± is the standard error."
+    )
+    return ["\n".join(lines), *warnings, how, COMPARISON]
+
+
+def _problems(result: TaskResult) -> str:
+    return f"{result.n} of {result.total} (partial)" if result.partial else str(result.n)
+
+
+def _scores(result: TaskResult) -> tuple[str, ...]:
+    cells = []
+    for name in ("strict_match", "flexible_match"):
+        score = result.scores[name]
+        error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
+        cells.append(f"{100 * score.value:.1f}{error}")
+    return tuple(cells)
+
+
+def _published(task: str) -> str:
+    return f"{PUBLISHED[task]:.2f}" if task in PUBLISHED else "none"
+
+
+def _training_section(run_root: Path) -> list[str]:
+    recipe = _recipe(run_root)
+    blocks = []
+    for stage in ("sft", "dpo"):
+        records = _records(run_root / stage / "metrics.jsonl")
+        losses = [record for record in records if record.get("loss") is not None]
+        if losses:
+            blocks += [f"### {stage.upper()}", _stage_table(recipe.get(stage) or {}, losses, records)]
+    return blocks or ["No stage has trained yet."]
+
+
+def _stage_table(section: dict[str, Any], losses: list[dict[str, Any]], records: list[dict[str, Any]]) -> str:
+    """A two-column table: how a stage was set, and how it went."""
+    first, last = losses[0], losses[-1]
+    peak = max(record["learning_rate"] for record in losses)
+    rows: list[tuple[str, str]] = [
+        ("loss at the start", f"{first['loss']:.4f} (step {first['step']})"),
+        ("loss at the end", f"{last['loss']:.4f} (step {last['step']})"),
+        ("highest learning rate", f"{peak:.2e}"),
+        ("epochs", f"{last.get('epoch', 0):.2f}"),
+    ]
+    for key, name in (
+        ("mean_token_accuracy", "token accuracy at the end"),
+        ("rewards/accuracies", "pairs preferred rightly at the end"),
+        ("rewards/margins", "reward margin at the end"),
+    ):
+        if isinstance(last.get(key), (int, float)):
+            rows.append((name, f"{last[key]:.3f}"))
+    if last.get("tokens"):
+        rows.append(("tokens", f"{last['tokens']:,}"))
+    runtimes = [record["train_runtime"] for record in records if record.get("train_runtime")]
+    if runtimes:
+        rows.append(("training time of the last session", f"{runtimes[-1]:.0f} s"))
+    if section.get("max_length"):
+        rows.append(("max_length", str(section["max_length"])))
+    rows += [(f"trainer.{key}", f"`{value}`") for key, value in (section.get("trainer") or {}).items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _recipe(run_root: Path) -> dict[str, Any]:
+    path = run_root / "recipe.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _sample_section(results: list[tuple[str, str, TaskResult]]) -> list[str]:
+    blocks = []
+    for stage, task, result in results:
+        blocks.append(f"### {task}, {STAGE_NAMES[stage]}")
+        blocks += [_sample(sample) for sample in result.samples[:SAMPLES_PER_STAGE]]
+    return blocks or ["None yet."]
+
+
+def _sample(sample: Sample) -> str:
+    """A question, the model's answer in a fence that the answer cannot close, and the verdict."""
+    response = sample.response.strip() or "(empty)"
+    if len(response) > LONGEST_SHOWN:
+        response = response[:LONGEST_SHOWN] + " …"
+    response = response.replace("```", "'''")
+    expected = sample.target.split("####")[-1].strip()
+    verdict = "right" if sample.correct["strict_match"] else "wrong"
+    if verdict == "wrong" and sample.correct["flexible_match"]:
+        verdict = "right by flexible match only"
+    question = " ".join(sample.question.split())
+    return f"**{question}**\n\n```text\n{response}\n```\n\n{verdict}; expected {expected}"

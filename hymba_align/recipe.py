@@ -1,0 +1,250 @@
+"""One YAML file describes a run: base model, data, stages, scores.
+
+Sections are frozen and strict: an unknown key, a wrong type or a value out of range is a `RecipeError` that names the
+file, the key, the value and the nearest valid key. `key.path=value` overrides are applied before validation
+(recipe_loading.py reads and reports; this file holds the schema and what follows from it).
+
+Paths are relative to the directory in which the command runs, not to the recipe's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Task = Literal["gsm8k"]
+TrainingStage = Literal["sft", "dpo"]
+Stage = Literal["base", "sft", "dpo"]
+TASKS: tuple[Task, ...] = ("gsm8k",)
+TRAINING_STAGES: tuple[TrainingStage, ...] = ("sft", "dpo")
+STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseSection(Section):
+    """The model that training starts from: a checkpoint (`model`), or random weights of a given shape (`config`)."""
+
+    model: str | None = None
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    chat_template: str = "hymba"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> BaseSection:
+        if self.model is None and self.config is None:
+            raise ValueError("it holds neither model (a checkpoint) nor config (random weights); set one of them")
+        if self.model is not None and self.config is not None:
+            raise ValueError("it holds both model and config; remove one of them")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("config makes random weights, which come without a tokenizer; set base.tokenizer")
+        if self.config is not None and self.revision is not None:
+            raise ValueError("revision names a version of model, and there is no model; remove it")
+        return self
+
+
+class DataSection(Section):
+    """Where rows come from and how they become conversations.
+
+    Rows of question and answer become user turns by `question_format`, and up to `examples_per_conversation` of them
+    share a conversation, as many as fit.
+    """
+
+    path: str = Field(min_length=1)
+    split: str = "train"
+    max_rows: int | None = Field(default=None, ge=1)
+    examples_per_conversation: int = Field(default=1, ge=1)
+    question_format: str = "{question}"
+
+    @field_validator("question_format")
+    @classmethod
+    def _holds_the_question(cls, value: str) -> str:
+        if "{question}" not in value:
+            raise ValueError("it must contain {question}, where the row's question goes")
+        return value
+
+
+class SFTSection(Section):
+    """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`."""
+
+    data: DataSection | None = None
+    max_length: int = Field(default=8192, ge=8)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+class DPOSection(Section):
+    """Direct preference optimisation. `trainer` holds fields of `trl.DPOConfig`."""
+
+    data: DataSection | None = None
+    max_length: int = Field(default=2048, ge=8)
+    share_prefix: bool = True
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+class GSM8KSection(Section):
+    """Files of the GSM8K task in the official JSON Lines format; `gsm8k_paths` says what stands in for absent ones."""
+
+    train_path: str | None = None
+    test_path: str | None = None
+    num_fewshot: int = Field(default=5, ge=0)
+
+
+class EvalSection(Section):
+    """Which tasks are scored, on which stages (None: on all that exist), and how."""
+
+    tasks: tuple[Task, ...] = Field(default=("gsm8k",), min_length=1)
+    stages: tuple[Stage, ...] | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    gsm8k: GSM8KSection = GSM8KSection()
+
+
+class LaunchSection(Section):
+    """How many processes train, and with which accelerate configuration file (None: this process alone)."""
+
+    accelerate_config: str | None = None
+    num_processes: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _many_processes_need_a_file(self) -> LaunchSection:
+        if self.num_processes > 1 and self.accelerate_config is None:
+            raise ValueError(
+                f"num_processes is {self.num_processes}, and no file says how they work together; "
+                "set launch.accelerate_config to a file of accelerate_configs/"
+            )
+        return self
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str | None = None
+    seed: int = Field(default=42, ge=0)
+    base: BaseSection
+    data: DataSection | None = None
+    sft: SFTSection | None = None
+    dpo: DPOSection | None = None
+    eval: EvalSection | None = None
+    launch: LaunchSection = LaunchSection()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Recipe:
+        if not self.training_stages and self.eval is None:
+            raise ValueError("the recipe has none of the sections sft, dpo and eval; add at least one")
+        for stage in self.training_stages:
+            if self.data is None and self._stage_section(stage).data is None:
+                raise ValueError(f"{stage} has no data; add a section data, or {stage}.data")
+        for scored in (self.eval.stages or ()) if self.eval else ():
+            if scored not in ("base", *self.training_stages):
+                raise ValueError(
+                    f"eval.stages names {scored}, and there is no section {scored}; add it or remove the name"
+                )
+        return self
+
+    def _stage_section(self, stage: TrainingStage) -> SFTSection | DPOSection:
+        section = self.sft if stage == "sft" else self.dpo
+        assert section is not None, f"the recipe has no section {stage}"
+        return section
+
+    @property
+    def training_stages(self) -> tuple[TrainingStage, ...]:
+        """The training stages that the recipe has, in the order in which they run."""
+        return tuple(stage for stage in TRAINING_STAGES if getattr(self, stage) is not None)
+
+    @property
+    def scored_stages(self) -> tuple[Stage, ...]:
+        """The stages to score, in the order in which they run; empty without a section `eval`."""
+        if self.eval is None:
+            return ()
+        wanted = self.eval.stages if self.eval.stages is not None else ("base", *self.training_stages)
+        return tuple(stage for stage in STAGES if stage in wanted)
+
+    def data_for(self, stage: TrainingStage) -> DataSection:
+        """The stage's own data section, or else the recipe's."""
+        data = self._stage_section(stage).data or self.data
+        assert data is not None, f"{stage} has no data, which validation refuses"
+        return data
+
+    def dump_yaml(self) -> str:
+        """The recipe as resolved, overrides included, as YAML that `load_recipe` reads back to an equal recipe."""
+        from hymba_align.recipe_loading import dump_yaml
+
+        return dump_yaml(self.model_dump())
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The validated recipe in `path`, after `key.path=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a key or value is invalid.
+    """
+    from hymba_align.recipe_loading import load_section
+
+    return load_section(Recipe, path, overrides)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether `name` means a file or folder here rather than a repository on the hub.
+
+    Something that exists is local. So is what no repository can be called: a data file's suffix, a leading dot or slash,
+    more than one slash. Saying so before anything is opened turns a mistyped path into an error about that path, where
+    the hub's client would report a repository that does not exist.
+    """
+    if Path(name).suffix.lower() in DATA_SUFFIXES:
+        return True
+    return Path(name).expanduser().exists() or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
+
+
+def gsm8k_paths(recipe: Recipe) -> GSM8KSection:
+    """The recipe's GSM8K section with absent files filled in from the training data.
+
+    Where `data.path` is a local file of question/answer rows, `train_path` (from which few-shot examples are drawn)
+    defaults to it, and `test_path` to the `test.jsonl` beside it. So the one override
+    `data.path=gsm8k/train.jsonl` moves training, few-shot examples and test together. Otherwise the
+    paths stay as they are, and the hub's own files are used for those not given.
+    """
+    assert recipe.eval is not None, "the recipe has no section eval"
+    section = recipe.eval.gsm8k
+    data = recipe.data
+    if data is None or not _holds_questions_and_answers(Path(data.path)):
+        return section
+    train = Path(data.path)
+    test = train.with_name("test.jsonl")
+    return section.model_copy(
+        update={
+            "train_path": section.train_path or str(train),
+            "test_path": section.test_path or (str(test) if test.is_file() else None),
+        }
+    )
+
+
+def resolved_eval(recipe: Recipe) -> EvalSection:
+    """The eval section as the scorers receive it: with the files that `gsm8k_paths` chose."""
+    assert recipe.eval is not None, "the recipe has no section eval"
+    return recipe.eval.model_copy(update={"gsm8k": gsm8k_paths(recipe)})
+
+
+def _holds_questions_and_answers(path: Path) -> bool:
+    """Whether the first row of a local JSON Lines file has a question and an answer; a malformed one has not."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            row = json.loads(file.readline())
+        except json.JSONDecodeError:  # the data stage reads the whole file, and reports the line
+            return False
+    return isinstance(row, dict) and {"question", "answer"} <= row.keys()

@@ -1,0 +1,1 @@
+"""Training stages: each turns a starting checkpoint and data into `<stage>/final`."""

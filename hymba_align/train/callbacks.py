@@ -1,0 +1,156 @@
+"""What happens at every log event: a record on disk, a line on the terminal, a stop when training diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hymba_align.checkpoint import write_text
+from hymba_align.errors import HymbaAlignError
+
+METRICS_FILE = "metrics.jsonl"
+LINES_PER_RUN = 20  # progress lines when the output is not a terminal
+
+
+def read_metrics(stage_dir: Path) -> list[dict[str, Any]]:
+    """Records of a stage's metrics.jsonl, oldest first; empty when the stage never logged."""
+    path = stage_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one JSON object per log event; a resumed run first drops records past its checkpoint."""
+
+    def __init__(self, stage_dir: Path) -> None:
+        self.path = stage_dir / METRICS_FILE
+        self.tokens_before = 0  # TRL counts tokens from zero again after a resume
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= state.global_step]
+        kept = kept if state.global_step else []
+        self.tokens_before = max((record.get("tokens") or 0 for record in kept), default=0)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        values = {key: _finite(value) for key, value in logs.items() if key not in ("num_tokens", "total_flos")}
+        if "num_tokens" in logs:
+            values["tokens"] = int(logs["num_tokens"]) + self.tokens_before
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops at the first log event whose loss or gradient norm is not finite, before a checkpoint holds it.
+
+    Needs `logging_nan_inf_filter=False`: the default of transformers replaces such losses by the running mean.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # logging precedes saving, so the check below precedes it too
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        watched = ("loss",) if args.fp16 else ("loss", "grad_norm")  # fp16's loss scaler expects overflowing gradients
+        for key in watched:
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(value):
+                raise HymbaAlignError(self.message(key, float(value), state.global_step, args.learning_rate))
+
+    def message(self, key: str, value: float, step: int, learning_rate: float) -> str:
+        """What went wrong, where, and what to do."""
+        what = f"{self.stage} stopped: {key} is {value} at step {step}"
+        if step <= 1:
+            return f"{what}, before any update, so the starting weights are at fault; check base, or the stage before"
+        return f"{what}; lower {self.stage}.trainer.learning_rate, which is {learning_rate:g}, or raise warmup_steps"
+
+
+class Progress(TrainerCallback):
+    """One bar on a terminal; elsewhere a compact line every few percent."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: tqdm[Any] | None = None
+        self.next_line = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        shown = describe(logs)
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown)
+        elif state.global_step >= min(self.next_line, state.max_steps):
+            print(f"{self.stage}  step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
+            self.next_line = state.global_step + state.max_steps / LINES_PER_RUN
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """The few numbers worth watching, e.g. `loss 0.4312  lr 4.9e-05  accuracy 0.93`."""
+    parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.1e}"]
+    if "rewards/margins" in logs:
+        parts += [f"margin {logs['rewards/margins']:.3f}", f"preferred {logs['rewards/accuracies']:.2f}"]
+    elif "mean_token_accuracy" in logs:
+        parts.append(f"accuracy {logs['mean_token_accuracy']:.2f}")
+    return "  ".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    """The value, or None where JSON has no number for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,399 @@
+"""What both training stages share: settings, starting point, data across processes, the run and its output."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from hymba_align.errors import RecipeError
+from hymba_align.recipe import DPOSection, Recipe, SFTSection, TrainingStage
+from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    from hymba_align.data.prepare import Prepared
+
+ConfigT = TypeVar("ConfigT", bound="SFTConfig | DPOConfig")
+
+FINAL = "final"
+SHARED_DATASET = "dataset"
+
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 5e-5, "packing": True, "packing_strategy": "bfd"},
+    "dpo": {"learning_rate": 3e-6, "precompute_ref_log_probs": True},
+}
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "logging_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 0.2,  # below 1: a share of all steps
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+# Trainer fields that a recipe may not set, and where the value comes from instead.
+OWNED: dict[str, str] = {
+    "output_dir": "stages write into the run folder; set the recipe's output_dir",
+    "max_length": "set {stage}.max_length",
+    "seed": "set the recipe's seed",
+    "remove_unused_columns": "the collators need the columns that TRL keeps",
+    "resume_from_checkpoint": "an interrupted stage resumes by itself",
+    "logging_nan_inf_filter": "losses that are not finite must stop the run",
+    "disable_tqdm": "progress is shown by hymba-align",
+    "model_init_kwargs": "the model is described in base",
+    "trust_remote_code": "Hymba is native here and needs no remote code",
+    "router_aux_loss_coef": "Hymba has one expert per layer and no router loss",
+    "eos_token": "it comes from the tokenizer (base.tokenizer)",
+    "pad_token": "it comes from the tokenizer (base.tokenizer)",
+    "padding_free": "batches become segments inside the model, so padding already costs nothing",
+    "chat_template_path": "set base.chat_template",
+    "assistant_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
+    "completion_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
+    "dataset_text_field": "data arrives as conversations, tokenized by the chat template",
+    "dataset_kwargs": "data arrives as conversations, tokenized by the chat template",
+}
+POSITIVE = {"learning_rate", "num_train_epochs", "beta"}
+AT_LEAST_ONE = {"per_device_train_batch_size", "gradient_accumulation_steps", "precompute_ref_batch_size"}
+NOT_NEGATIVE = {"weight_decay", "max_grad_norm", "save_total_limit"}
+
+# Parameters that weight decay must spare besides norms and biases, which transformers spares by itself:
+# decaying A_log or D pulls the recurrence towards one fixed time scale, and meta tokens are learned activations.
+NO_DECAY = re.compile(r"(^|\.)(A_log|D)\.\d+$|(^|\.)memory_tokens$")
+
+
+class SparesRecurrence:
+    """Mixin for a trainer: the SSM's A_log and D and the meta tokens get no weight decay.
+
+    A subclass of the trainer and not an optimizer of our own, because transformers refuses ready-made optimizers under
+    DeepSpeed and FSDP, and `DPOTrainer` takes no `optimizer_cls_and_kwargs`.
+    """
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that decay."""
+        names: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if not NO_DECAY.search(name)]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
+    """Fields for `SFTConfig` / `DPOConfig`, without output_dir: our defaults overlaid by `recipe.<stage>.trainer`.
+
+    Raises:
+        RecipeError: an unknown, owned or ill-typed key, with the nearest valid one.
+    """
+    section = stage_section(recipe, stage)
+    given = _checked(section.trainer, stage)
+    use_cpu = given.get("use_cpu", not torch.cuda.is_available())
+    return {
+        **DEFAULTS,
+        **STAGE_DEFAULTS[stage],
+        "use_cpu": use_cpu,
+        "activation_checkpointing": not use_cpu,
+        "bf16": not use_cpu and not given.get("fp16", False) and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": not use_cpu,
+        **given,
+        "max_length": section.max_length,
+        "seed": recipe.seed,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def stage_section(recipe: Recipe, stage: TrainingStage) -> SFTSection | DPOSection:
+    """The recipe's section of a stage. Raises: RecipeError when the recipe has none."""
+    section = recipe.sft if stage == "sft" else recipe.dpo
+    if section is None:
+        raise RecipeError(f"the recipe has no {stage} section; add one to run this stage")
+    return section
+
+
+def trainer_arguments(recipe: Recipe, stage: TrainingStage, config_class: type[ConfigT], stage_dir: Path) -> ConfigT:
+    """The TRL configuration of a stage. Raises: RecipeError for what TRL or transformers refuse."""
+    settings = trainer_settings(recipe, stage)
+    try:
+        return config_class(output_dir=str(stage_dir), **settings)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"{stage}.trainer is refused by {config_class.__name__}: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def settings_refused_by_trl(stage: TrainingStage) -> Iterator[None]:
+    """Turns what a trainer's own checks raise while it is built into a RecipeError; other errors pass unchanged."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+        if not module.startswith(("trl.trainer", "transformers.trainer")):
+            raise
+        raise RecipeError(f"{stage}.trainer is refused by TRL: {_one_line(error)}") from error
+
+
+def _checked(given: dict[str, Any], stage: TrainingStage) -> dict[str, Any]:
+    """The recipe's trainer settings with values in the types that the TRL configuration declares."""
+    config_class = _config_class(stage)
+    types = typing.get_type_hints(config_class)
+    fields = [field.name for field in dataclasses.fields(config_class) if field.init]
+    checked = {}
+    for key, value in given.items():
+        where = f"{stage}.trainer.{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; its fields are listed in TRL's documentation"
+            raise RecipeError(f"{where} is not a field of {config_class.__name__}{hint}")
+        if key in OWNED:
+            raise RecipeError(f"{where} cannot be set: {OWNED[key].format(stage=stage)}")
+        checked[key] = _typed(where, key, value, types[key])
+    _refuse_combinations(checked, stage)
+    # transformers 5 warns at the old name and drops it in version 6; TRL still declares it.
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if old in checked:
+            checked.setdefault(old.replace("gradient", "activation"), checked.pop(old))
+    return checked
+
+
+def _typed(where: str, key: str, value: Any, expected: Any) -> Any:
+    """The value in its declared type (YAML reads 5e-5 as text), within its range."""
+    try:
+        typed = TypeAdapter(expected).validate_python(value)
+    except ValidationError as error:
+        reasons = " or ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
+        raise RecipeError(f"{where} is {value!r}: {reasons[0].lower() + reasons[1:]}") from error
+    for keys, holds, words in (
+        (POSITIVE, lambda number: number > 0, "above 0"),
+        (AT_LEAST_ONE, lambda number: number >= 1, "1 or more"),
+        (NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
+    ):
+        if key in keys and typed is not None and not holds(typed):
+            raise RecipeError(f"{where} is {value!r}; it must be {words}")
+    return typed
+
+
+def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None:
+    """Raises for values that TRL accepts and that would train something else than asked."""
+    if settings.get("packing_strategy") == "wrapped":
+        raise RecipeError(
+            "sft.trainer.packing_strategy is 'wrapped', which cuts conversations and keeps no boundary between them; "
+            "use 'bfd'"
+        )
+    accelerator = settings.get("accelerator_config")
+    if stage == "dpo" and isinstance(accelerator, dict) and accelerator.get("dispatch_batches"):
+        raise RecipeError(
+            "dpo.trainer.accelerator_config.dispatch_batches is true, which would separate chosen from rejected; "
+            "remove it"
+        )
+
+
+def _config_class(stage: TrainingStage) -> type[Any]:
+    # Takes several seconds, so only once a recipe is being trained or checked.
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig if stage == "sft" else DPOConfig
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps the terminal for what matters: no bar per file that is read or written, no warning meant for TRL."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    terminal = sys.stderr.isatty()
+    bars, maps = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if not terminal:
+        datasets.disable_progress_bars()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    try:
+        with warnings.catch_warnings():
+            # TRL 1.16 reads the old name; delete when it reads `is_activation_checkpointing`.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # DeepSpeed 0.19 calls torch's collectives by their old names, at every step.
+            warnings.filterwarnings(
+                "ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning
+            )
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if maps and not terminal:
+            datasets.enable_progress_bars()
+
+
+# ---- starting point and data ----------------------------------------------------------------------------------------
+
+
+def load_start(recipe: Recipe, start: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that a stage starts from, with the tokenizer's special tokens in its configurations."""
+    from hymba_align.checkpoint import build_base, load_model
+
+    if start is None:
+        model = build_base(recipe.base, tokenizer, recipe.seed)
+    else:
+        model = load_model(str(start), dtype=recipe.base.dtype)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.use_cache = True  # the released file says false, which makes decoding quadratic
+    return model
+
+
+def load_start_tokenizer(recipe: Recipe, start: str | Path | None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the starting checkpoint, or the base section's."""
+    from hymba_align.data.template import load_tokenizer
+
+    if start is not None:
+        return load_tokenizer(str(start), chat_template=recipe.base.chat_template)
+    path = recipe.base.tokenizer or recipe.base.model
+    if path is None:
+        raise RecipeError("base.tokenizer is missing; give the folder or hub id of a tokenizer beside base.config")
+    revision = recipe.base.revision if path == recipe.base.model else None
+    return load_tokenizer(path, revision=revision, chat_template=recipe.base.chat_template)
+
+
+def prepare_once(prepare: Callable[[], Prepared], stage_dir: Path, arguments: SFTConfig | DPOConfig) -> Prepared:
+    """The prepared data, made by one process and read from `stage_dir` by the others.
+
+    Read from disk, so that every process sees one fingerprint: TRL keeps reference log-probabilities in a file beside
+    the data, and data in memory would send each process to a temporary folder of its own.
+    """
+    from accelerate.utils import broadcast_object_list
+    from datasets import load_from_disk
+
+    if arguments.world_size == 1:
+        prepared = prepare()
+        print(prepared.summary(), flush=True)
+        return prepared
+    folder = stage_dir / SHARED_DATASET
+    counts: list[Any] = [None]
+    if arguments.process_index == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        prepared = prepare()
+        print(prepared.summary(), flush=True)
+        prepared.dataset.save_to_disk(folder)
+        counts = [dataclasses.replace(prepared, dataset=None)]
+    broadcast_object_list(counts)
+    return dataclasses.replace(counts[0], dataset=load_from_disk(folder))
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def stage_callbacks(stage: TrainingStage, stage_dir: Path) -> list[TrainerCallback]:
+    """Record first, so that metrics.jsonl holds the step at which the guard stopped."""
+    return [MetricsFile(stage_dir), Progress(stage), DivergenceGuard(stage)]
+
+
+def last_complete_checkpoint(stage_dir: Path) -> Path | None:
+    """The newest checkpoint-N whose trainer_state.json, which is written last, can be read."""
+    found = [(int(path.name.split("-")[1]), path) for path in stage_dir.glob("checkpoint-*") if path.is_dir()]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue  # interrupted while it was written
+        return path
+    return None
+
+
+def run_stage(trainer: Trainer, stage_dir: Path, *, keep_checkpoints: bool) -> dict[str, float]:
+    """Trains, resuming where an earlier run stopped, and writes `final`; what comes back are summary metrics."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_complete_checkpoint(stage_dir)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"resuming from {checkpoint.name}", flush=True)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    save_final(trainer, stage_dir)
+    if trainer.is_world_process_zero():
+        leftovers = [stage_dir / SHARED_DATASET]
+        leftovers += [] if keep_checkpoints else list(stage_dir.glob("checkpoint-*"))
+        for folder in leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
+        (stage_dir / "README.md").unlink(missing_ok=True)  # TRL's model card of a checkpoint
+    return summarise(trainer, float(result.metrics["train_runtime"]))
+
+
+def save_final(trainer: Trainer, stage_dir: Path) -> None:
+    """Writes weights, tokenizer and generation configuration to `final` under a temporary name, then renames it."""
+    temporary, final = stage_dir / f".{FINAL}.tmp", stage_dir / FINAL
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(temporary))  # every process takes part: ZeRO-3 and FSDP gather the weights here
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    trainer.accelerator.wait_for_everyone()
+
+
+def summarise(trainer: Trainer, runtime_s: float) -> dict[str, float]:
+    """Summary of a finished stage: losses over all its steps, speed of this process's share of them."""
+    history = [record for record in trainer.state.log_history if "loss" in record]
+    total = previous = 0.0
+    for record in history:  # `loss` is the mean since the record before
+        total += record["loss"] * (record["step"] - previous)
+        previous = record["step"]
+    tokens = history[-1].get("num_tokens", 0) if history else 0
+    summary = {
+        "steps": float(trainer.state.global_step),
+        "epochs": float(trainer.state.epoch or 0.0),
+        "train_loss": total / max(previous, 1.0),
+        "first_loss": history[0]["loss"] if history else float("nan"),
+        "last_loss": history[-1]["loss"] if history else float("nan"),
+        "tokens": float(tokens),
+        "runtime_s": runtime_s,
+        "tokens_per_second": tokens / runtime_s if runtime_s > 0 else 0.0,
+    }
+    for key in ("mean_token_accuracy", "rewards/accuracies", "rewards/margins"):
+        if history and key in history[-1]:
+            summary[key] = float(history[-1][key])
+    return summary
+
+
+__all__ = [
+    "SparesRecurrence",
+    "last_complete_checkpoint",
+    "load_start",
+    "load_start_tokenizer",
+    "prepare_once",
+    "quiet_libraries",
+    "run_stage",
+    "settings_refused_by_trl",
+    "stage_callbacks",
+    "stage_section",
+    "trainer_arguments",
+    "trainer_settings",
+]

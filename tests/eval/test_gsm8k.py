@@ -1,0 +1,240 @@
+"""GSM8K through lm-evaluation-harness: the official scoring, our prompts, local files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_align.data.template import render
+from hymba_align.errors import DataError, RecipeError
+from hymba_align.eval import evaluate, read_result
+from hymba_align.eval.gsm8k import load_task, score_gsm8k
+from hymba_align.recipe import EvalSection, GSM8KSection
+
+
+def shown(section: EvalSection, **changes: Any) -> EvalSection:
+    return section.model_copy(update=changes)
+
+
+def test_right_answers_score_one_and_wrong_answers_zero(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection, solutions: dict[str, str]
+) -> None:
+    right = score_gsm8k(look_up(lambda question: solutions[question] + "</s>"), tokenizer, section)
+    assert {name: score.value for name, score in right.scores.items()} == {"strict_match": 1.0, "flexible_match": 1.0}
+    assert (right.n, right.total, right.partial, right.ended) == (7, 7, False, 7)
+    wrong = score_gsm8k(look_up(lambda question: solutions[question] + "7</s>"), tokenizer, section)
+    assert {name: score.value for name, score in wrong.scores.items()} == {"strict_match": 0.0, "flexible_match": 0.0}
+    assert [sample.question for sample in wrong.samples] == list(solutions)
+    assert all(sample.response == solutions[sample.question] + "7" for sample in wrong.samples)
+
+
+def test_flexible_match_needs_no_marker_and_the_error_is_that_of_a_mean(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection, solutions: dict[str, str]
+) -> None:
+    known = list(solutions)[:3]
+
+    def answer(question: str) -> str:
+        number = solutions[question].split("#### ")[1]
+        return f"The answer is {number}.</s>" if question in known else "I cannot say.</s>"
+
+    result = score_gsm8k(look_up(answer), tokenizer, section)
+    assert result.scores["strict_match"].value == 0.0
+    share = 3 / 7
+    assert result.scores["flexible_match"].value == pytest.approx(share)
+    assert result.scores["flexible_match"].stderr == pytest.approx((share * (1 - share) / 6) ** 0.5)
+    first = result.samples[0]
+    assert first.correct == {"strict_match": False, "flexible_match": True}
+    assert first.extracted["strict_match"] == "[invalid]"
+
+
+def test_an_answer_ends_where_the_next_turn_would_begin(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection, solutions: dict[str, str]
+) -> None:
+    babble = score_gsm8k(
+        look_up(lambda question: solutions[question] + "\n<extra_id_1>User\nAnd 5?\n#### 5"), tokenizer, section
+    )
+    assert babble.scores["flexible_match"].value == 1.0
+    assert babble.ended == 0
+    assert babble.samples[0].response == next(iter(solutions.values())) + "\n"
+
+
+def test_prompts_are_token_for_token_what_training_renders_in_left_padded_batches(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection, solutions: dict[str, str]
+) -> None:
+    model = look_up(lambda question: "none</s>")
+    score_gsm8k(model, tokenizer, section)
+    given = []
+    for input_ids, attention_mask, _ in model.given:
+        assert (attention_mask.diff(dim=1) >= 0).all(), "padding belongs on the left"
+        assert (input_ids[attention_mask == 0] == tokenizer.pad_token_id).all()
+        given += [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+    assert [len(batch[0]) for batch in model.given] == [3, 3, 1]
+
+    assert section.gsm8k.train_path is not None
+    lines = Path(section.gsm8k.train_path).read_text(encoding="utf-8").splitlines()
+    shots = [json.loads(line) for line in lines]
+    draw = random.Random(1234)  # as documented: afresh for each problem, in the order of the test file
+    expected = []
+    for question in solutions:
+        messages = []
+        for shot in draw.sample(shots, 5):
+            messages.append({"role": "user", "content": f"Question: {shot['question']}\nAnswer:"})
+            messages.append({"role": "assistant", "content": shot["answer"]})
+        messages.append({"role": "user", "content": f"Question: {question}\nAnswer:"})
+        expected.append(render(tokenizer, messages, add_generation_prompt=True).input_ids)
+    assert sorted(given) == sorted(expected)
+    assert all(tokenizer.bos_token_id not in ids for ids in given)
+
+
+def test_generation_is_greedy_and_bounded(look_up: Callable[..., Any], tokenizer: Any, section: EvalSection) -> None:
+    model = look_up(lambda question: "none</s>")
+    score_gsm8k(model, tokenizer, section)
+    for input_ids, _, settings in model.given:
+        assert settings["do_sample"] is False
+        assert settings["max_length"] == input_ids.shape[1] + 48
+        assert settings["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_scores_depend_neither_on_random_state_nor_on_the_batch_size(
+    model: Any, tokenizer: Any, section: EvalSection
+) -> None:
+    section = shown(section, max_new_tokens=6)
+    one = score_gsm8k(model, tokenizer, section)
+    torch.manual_seed(99)
+    random.seed(99)
+    other = score_gsm8k(model, tokenizer, shown(section, batch_size=1))
+    assert [sample.response for sample in one.samples] == [sample.response for sample in other.samples]
+    assert any(sample.response for sample in one.samples)
+
+
+def test_a_limit_scores_the_first_problems_as_the_full_test_does_and_says_partial(
+    model: Any, tokenizer: Any, section: EvalSection
+) -> None:
+    section = shown(section, max_new_tokens=6)
+    whole = score_gsm8k(model, tokenizer, section)
+    part = score_gsm8k(model, tokenizer, shown(section, limit=2))
+    assert (part.n, part.total, part.limit, part.partial) == (2, 7, 2, True)
+    assert part.samples == whole.samples[:2]
+
+
+def test_prompts_beyond_the_context_are_counted_aloud(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection
+) -> None:
+    model = look_up(lambda question: "none</s>")
+    model.config.max_position_embeddings = 100
+    result = score_gsm8k(model, tokenizer, section)
+    assert result.truncated_prompts == 7
+    assert all(batch[0].shape[1] == 52 for batch in model.given)
+    assert len(result.warnings) == 1
+    assert result.warnings[0].startswith("7 prompts lost their beginning: the longest has ")
+    assert "the model's context of 100 leaves 52 beside eval.max_new_tokens" in result.warnings[0]
+    model.config.max_position_embeddings = 48
+    with pytest.raises(
+        RecipeError, match=r"eval.max_new_tokens is 48, which leaves no room for a prompt in the model's"
+    ):
+        score_gsm8k(model, tokenizer, section)
+
+
+def test_only_the_data_the_stops_and_the_length_differ_from_the_packaged_task(section: EvalSection) -> None:
+    import lm_eval.tasks
+    import yaml
+
+    packaged = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml").read_text())
+    ours = load_task(section).dump_config()
+    assert ours["metadata"]["version"] == packaged.pop("metadata")["version"]
+    assert {key for key, value in packaged.items() if ours.get(key) != value} == {"generation_kwargs", "tag"}
+    assert "tag" not in ours, "a tag only groups tasks by name"
+    generation = dict(ours["generation_kwargs"])
+    assert generation.pop("max_gen_toks") == 48
+    assert generation.pop("until") == [*packaged["generation_kwargs"]["until"], "<extra_id_1>"]
+    assert generation.items() <= packaged["generation_kwargs"].items()
+
+
+def test_without_files_the_task_asks_the_hub_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(**arguments: Any) -> Any:
+        asked.append(arguments)
+        row = datasets.Dataset.from_list([{"question": "1+1?", "answer": "#### 2"}])
+        return datasets.DatasetDict(train=row, test=row)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_task(EvalSection())
+    assert asked == [{"path": "openai/gsm8k", "name": "main"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            None,
+            '{"question": "1?", "answer": "#### 1"}',
+            "eval.gsm8k.train_path is missing; the 5 few-shot examples come",
+        ),
+        (
+            '{"question": "1?", "answer": "#### 1"}',
+            None,
+            "eval.gsm8k.test_path is missing beside train_path; give both",
+        ),
+        ("ok", '{"question": "1?", "answer": "#### 1"}\n{"question": ', "test.jsonl:2"),
+        (
+            "ok",
+            '{"question": "1?", "answer": "one"}',
+            "test.jsonl:1: the answer has no line '#### <number>' to compare",
+        ),
+        ("ok", "", "test.jsonl: the data set is empty"),
+        (
+            '{"question": "1?", "answer": "#### 1"}',
+            "ok",
+            "train.jsonl: the file has 1 rows; eval.gsm8k.train_path needs at",
+        ),
+    ],
+)
+def test_files_that_cannot_be_scored_are_one_sentence(
+    tmp_path: Path, train: str | None, test: str | None, message: str
+) -> None:
+    paths: dict[str, str | None] = {}
+    for name, text in (("train", train), ("test", test)):
+        path = tmp_path / f"{name}.jsonl"
+        if text is not None:
+            path.write_text('{"question": "1?", "answer": "#### 1"}\n' * 5 if text == "ok" else text, encoding="utf-8")
+        paths[f"{name}_path"] = str(path) if text is not None else None
+    with pytest.raises((DataError, RecipeError)) as raised:
+        load_task(EvalSection(gsm8k=GSM8KSection(**paths)))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_names_the_key_and_zero_shots_need_no_training_file(
+    tmp_path: Path, section: EvalSection, solutions: dict[str, str]
+) -> None:
+    missing = str(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"nowhere.jsonl: no such file; correct eval.gsm8k.test_path"):
+        load_task(EvalSection(gsm8k=GSM8KSection(train_path=missing, test_path=missing)))
+    files = GSM8KSection(test_path=section.gsm8k.test_path, num_fewshot=0)
+    task = load_task(EvalSection(gsm8k=files))
+    assert len(task.eval_docs) == len(solutions)
+
+
+def test_scoring_a_checkpoint_writes_every_sample_and_shows_one_bar(
+    model: Any, tokenizer: Any, section: EvalSection, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    capfd.readouterr()
+    results = evaluate(tmp_path / "checkpoint", shown(section, max_new_tokens=4), tmp_path / "eval")
+    printed = capfd.readouterr()
+    assert read_result(tmp_path / "eval" / "gsm8k.json") == results["gsm8k"]
+    assert len(results["gsm8k"].samples) == 7
+    assert printed.out == ""
+    assert "gsm8k: 100%" in printed.err
+    assert "Running generate_until" not in printed.err
+    assert "WARNING" not in printed.err

@@ -1,0 +1,95 @@
+"""The report of a run folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hymba_align.eval.report import score_table, write_report
+from hymba_align.eval.result import Sample, Score, TaskResult
+
+
+def result(strict: float, n: int, total: int, response: str = "5\n#### 5", *, correct: bool = True) -> TaskResult:
+    sample = Sample(
+        doc_id=0,
+        question="Two and\nthree?",
+        target="2+3\n#### 5",
+        response=response,
+        extracted={"strict_match": "5", "flexible_match": "5"},
+        correct={"strict_match": correct, "flexible_match": correct},
+    )
+    return TaskResult(
+        task="gsm8k",
+        n=n,
+        total=total,
+        limit=n if n < total else None,
+        partial=n < total,
+        scores={"strict_match": Score(strict, 0.012), "flexible_match": Score(strict, None)},
+        settings={"num_fewshot": 5, "max_new_tokens": 128, "test_path": "data/test.jsonl"},
+        versions={"lm-eval": "0.4.13"},
+        wall_s=1.0,
+        ended=n - 1,
+        warnings=("3 prompts lost their beginning",) if n < total else (),
+        samples=[sample] * 5,
+    )
+
+
+@pytest.fixture
+def run_root(tmp_path: Path) -> Path:
+    root = tmp_path / "my-run"
+    result(0.005, 20, 200, "```\nfive", correct=False).write(root / "eval" / "base" / "gsm8k.json")
+    result(0.8765, 200, 200).write(root / "eval" / "sft" / "gsm8k.json")
+    (root / "sft").mkdir()
+    records = [
+        {"step": 5, "epoch": 0.5, "loss": 4.25, "learning_rate": 5e-5, "tokens": 900, "mean_token_accuracy": 0.25},
+        {"step": 10, "epoch": 1.0, "loss": 0.5, "learning_rate": 1e-6, "tokens": 1800, "mean_token_accuracy": 0.9},
+        {"step": 10, "epoch": 1.0, "train_runtime": 61.4, "train_loss": 2.375},
+    ]
+    (root / "sft" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "recipe.yaml").write_text("name: my-run\nsft: {max_length: 256, trainer: {learning_rate: 5e-5}}\n")
+    return root
+
+
+def test_scores_stand_by_stage_with_n_and_error_beside_the_published_number(run_root: Path) -> None:
+    text = write_report(run_root).read_text(encoding="utf-8")
+    assert "| base | gsm8k | 20 of 200 (partial) | 0.5 ± 1.2 | 0.5 | 58.76 | 19 of 20 |" in text
+    assert "| after SFT | gsm8k | 200 | 87.6 ± 1.2 | 87.6 | 58.76 | 199 of 200 |" in text
+    assert "compares only with a run that starts from nvidia/Hymba-1.5B-Base and is scored on the full official" in text
+    assert "Warning, base: 3 prompts lost their beginning." in text
+
+
+def test_training_shows_settings_and_the_loss_at_start_and_end(run_root: Path) -> None:
+    text = write_report(run_root).read_text(encoding="utf-8")
+    assert "| loss at the start | 4.2500 (step 5) |" in text
+    assert "| loss at the end | 0.5000 (step 10) |" in text
+    assert "| trainer.learning_rate | `5e-5` |" in text
+    assert "| tokens | 1,800 |" in text
+    assert "### DPO" not in text
+
+
+def test_three_answers_of_each_stage_with_verdicts_and_no_fence_that_an_answer_can_close(run_root: Path) -> None:
+    text = write_report(run_root).read_text(encoding="utf-8")
+    samples = text.split("## Sample answers")[1]
+    assert samples.count("**Two and three?**") == 6
+    assert samples.count("wrong; expected 5") == 3
+    assert samples.count("right; expected 5") == 3
+    assert samples.count("```") == 12
+
+
+def test_an_empty_run_reports_that_nothing_happened_yet(tmp_path: Path) -> None:
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No stage has been scored yet." in text
+    assert "No stage has trained yet." in text
+
+
+def test_the_table_for_the_terminal_holds_the_same_scores(run_root: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(score_table(run_root))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "87.6 ± 1.2" in text
+    assert "20 of 200 (partial)" in text
+    assert "58.76" in text

@@ -1,0 +1,471 @@
+"""Stages in order, skipped, resumed, run again; checks before the first; several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import hymba_align.eval
+import hymba_align.eval.report
+import hymba_align.pipeline as pipeline
+import hymba_align.train.common
+import hymba_align.train.dpo
+import hymba_align.train.sft
+from hymba_align.checkpoint import RunFolder, write_json
+from hymba_align.errors import HymbaAlignError, UsageError
+from hymba_align.recipe import Recipe, load_recipe
+
+ROW = {"question": "What is 1+1?", "answer": "<<1+1=2>>2\n#### 2", "wrong_answer": "<<1+1=3>>3\n#### 3"}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, small_base: dict[str, Any]) -> str:
+    """A recipe of all stages over a handful of rows, in a folder of its own."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(ROW) + "\n") * 8)
+    sections = {
+        "name": "demo",
+        "output_dir": str(tmp_path / "run"),
+        "base": small_base,
+        "data": {"path": str(tmp_path / "train.jsonl")},
+        "sft": {"max_length": 64, "trainer": {"per_device_train_batch_size": 1}},
+        "dpo": {"max_length": 64, "trainer": {"per_device_train_batch_size": 4}},
+        "eval": {"max_new_tokens": 4, "gsm8k": {"num_fewshot": 1}, "limit": 2},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(sections))
+    return str(path)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """What the stages would do, as (what, starting checkpoint), with files in place of the work."""
+    done: list[tuple[str, str | None]] = []
+
+    def trainer(stage: str):
+        def train(recipe: Recipe, start: str | None, stage_dir: Path) -> dict[str, float]:
+            done.append((stage, start))
+            write_json(stage_dir / "final" / "config.json", {})
+            return {"train_loss": 1.0}
+
+        return train
+
+    def evaluate(checkpoint: str, section: Any, out_dir: Path, *, chat_template: str) -> dict[str, None]:
+        done.append((f"score {out_dir.name}", checkpoint))
+        write_json(out_dir / "gsm8k.json", {})
+        return {"gsm8k": None}
+
+    monkeypatch.setattr(hymba_align.train.sft, "train_sft", trainer("sft"))
+    monkeypatch.setattr(hymba_align.train.dpo, "train_dpo", trainer("dpo"))
+    monkeypatch.setattr(hymba_align.eval, "evaluate", evaluate)
+    monkeypatch.setattr(hymba_align.eval.report, "score_table", lambda root: "scores")
+    monkeypatch.setattr(hymba_align.eval.report, "write_report", lambda root: root / "report.md")
+    return done
+
+
+def names(done: list[tuple[str, str | None]]) -> list[str]:
+    return [name for name, _ in done]
+
+
+ALL = ["score base", "sft", "score sft", "dpo", "score dpo"]
+
+
+def test_stages_run_in_order_each_from_the_checkpoint_before_it(recipe_file: str, work, tmp_path: Path) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    run = tmp_path / "run"
+    assert work == [
+        ("score base", f"{run}/base/final"),
+        ("sft", None),
+        ("score sft", f"{run}/sft/final"),
+        ("dpo", f"{run}/sft/final"),
+        ("score dpo", f"{run}/dpo/final"),
+    ]
+    assert (run / "base" / "final" / "model.safetensors").exists()
+    assert RunFolder(run).read_manifest("sft")["details"] == {"metrics": {"train_loss": 1.0}}
+
+
+def test_only_the_stages_named_are_scored(recipe_file: str, work) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file, ["eval.stages=[dpo]"]))
+
+    assert names(work) == ["sft", "dpo", "score dpo"]
+
+
+def test_a_recipe_without_sft_aligns_its_base(recipe_file: str, work) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file, ["sft=null", "eval=null"]))
+
+    assert work == [("dpo", None)]
+
+
+def test_a_second_run_skips_everything_and_says_so(recipe_file: str, work, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+    work.clear()
+    capsys.readouterr()
+
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert work == []
+    out = capsys.readouterr().out
+    assert out.count("complete and unchanged, skipped") == 5
+    assert "[2/5] SFT: complete and unchanged, skipped" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("dpo.trainer.beta=0.2", ["dpo", "score dpo"]),
+        ("sft.trainer.learning_rate=1e-4", ["sft", "score sft", "dpo", "score dpo"]),
+        ("eval.limit=1", ["score base", "score sft", "score dpo"]),
+        ("seed=7", ALL),
+        ("base.config.mamba_dt_rank=3", ALL),
+        ("launch.num_processes=1", []),
+    ],
+)
+def test_a_change_runs_again_what_it_enters_and_what_follows(
+    recipe_file: str, work, override: str, again: list[str]
+) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+    work.clear()
+
+    pipeline.run_recipe(load_recipe(recipe_file, [override]))
+
+    assert names(work) == again
+
+
+@pytest.mark.parametrize(("name", "again"), [("train", ALL), ("test", ["score base", "score sft", "score dpo"])])
+def test_changed_bytes_of_a_data_file_count_as_a_change(
+    recipe_file: str, work, tmp_path: Path, name: str, again: list[str]
+) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+    work.clear()
+
+    with (tmp_path / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(ROW) + "\n")
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert names(work) == again
+
+
+def test_a_new_version_of_the_package_runs_everything_again(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+    work.clear()
+
+    monkeypatch.setattr("hymba_align.__version__", "9.9.9")
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert names(work) == ALL
+
+
+def test_an_interrupted_stage_finds_its_checkpoints_unless_its_inputs_changed(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[list[str]] = []
+    finish = hymba_align.train.sft.train_sft
+
+    def interrupted(recipe: Recipe, start: str | None, stage_dir: Path) -> dict[str, float]:
+        found.append(sorted(path.name for path in stage_dir.glob("checkpoint-*")))
+        (stage_dir / "checkpoint-5").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hymba_align.train.sft, "train_sft", interrupted)
+    for overrides in ([], [], ["seed=7"]):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run_stage(load_recipe(recipe_file, overrides), "sft")
+    assert found == [[], ["checkpoint-5"], []]
+
+    monkeypatch.setattr(hymba_align.train.sft, "train_sft", finish)
+    pipeline.run_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
+    assert names(work) == ["sft"]
+
+
+def test_a_finished_checkpoint_is_moved_aside_with_a_word(
+    recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run_stage(load_recipe(recipe_file), "sft")
+
+    pipeline.run_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
+
+    moved = tmp_path / "run" / "sft.previous"
+    assert f"What entered sft has changed; its earlier result is now in {moved}\n" in capsys.readouterr().out
+    assert (moved / "final" / "config.json").exists()
+
+
+def test_dpo_alone_starts_from_the_sft_checkpoint(recipe_file: str, work, tmp_path: Path) -> None:
+    pipeline.run_stage(load_recipe(recipe_file), "sft")
+    pipeline.run_stage(load_recipe(recipe_file), "dpo")
+
+    assert work == [("sft", None), ("dpo", f"{tmp_path}/run/sft/final")]
+
+
+@pytest.mark.parametrize("before", [[], ["seed=7"]])
+def test_dpo_alone_needs_an_sft_checkpoint_of_this_recipe(recipe_file: str, work, tmp_path: Path, before) -> None:
+    if before:
+        pipeline.run_stage(load_recipe(recipe_file, before), "sft")
+
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_stage(load_recipe(recipe_file), "dpo")
+
+    assert str(caught.value) == (
+        f"dpo starts from {tmp_path}/run/sft, which is not complete for this recipe; "
+        "run 'hymba-align sft' (or 'hymba-align run') first"
+    )
+
+
+# --- The plan and the checks before it --------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+
+    pipeline.run_recipe(load_recipe(recipe_file), dry_run=True)
+
+    assert work == []
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    for text in ("score base", "random weights", "train.jsonl", "test.jsonl", "sft/final", "dpo/final", "to do"):
+        assert text in out
+
+
+def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "test"):
+        (other / f"{name}.jsonl").write_text(json.dumps(ROW) + "\n")
+
+    steps = pipeline.plan(load_recipe(recipe_file, [f"data.path={other}/train.jsonl"]))
+
+    assert {step.data for step in steps} == {f"{other}/train.jsonl", f"gsm8k: {other}/test.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=absent.jsonl"], "data.path is absent.jsonl, which does not exist (paths are relative to {cwd}/); correct it"),
+        (["dpo.data.path=a/b/c.csv"], "dpo.data.path is a/b/c.csv, which does not exist (paths are relative to {cwd}/); correct it"),
+        (["eval.gsm8k.test_path=absent.jsonl"], "eval.gsm8k.test_path is absent.jsonl, which does not exist (paths are relative to {cwd}/); correct it"),
+        (["sft.max_length=9000"], "sft.max_length is 9000, above the model's context of 8192; lower it"),
+        (["base.config.max_position_embeddings=32"], "sft.max_length is 64, above the model's context of 32; lower it"),
+        (["base={model: ./absent}"], "./absent: there is no such checkpoint folder; check the path"),
+        (["base.config.hidden_siz=32"], "base.config.hidden_siz is not a key of HymbaConfig; the nearest is base.config.hidden_size"),
+        (["dpo.trainer.betta=1"], "dpo.trainer.betta is not a field of DPOConfig; did you mean 'beta'?"),
+        (["launch.accelerate_config=absent.yaml"], "launch.accelerate_config is absent.yaml, which does not exist; accelerate_configs/ holds some"),
+        (
+            ["launch.accelerate_config=.ci/run"],
+            "launch.accelerate_config .ci/run is not an accelerate configuration",
+        ),
+        (
+            ["launch.accelerate_config=accelerate_configs/multi_node_zero3.yaml", "launch.num_processes=16"],
+            "launch.accelerate_config accelerate_configs/multi_node_zero3.yaml names 2 machines; start each of them with "
+            "'accelerate launch --config_file accelerate_configs/multi_node_zero3.yaml --machine_rank N -m hymba_align sft "
+            "RECIPE' (then dpo)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_the_first_stage(
+    recipe_file: str, work, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_recipe(load_recipe(recipe_file, overrides))
+
+    assert str(caught.value).startswith(message.format(cwd=Path.cwd().name))
+    assert work == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_stops_the_run_before_it_starts(recipe_file: str, work) -> None:
+    pipeline.run_stage(load_recipe(recipe_file), "sft")
+    work.clear()
+
+    with pytest.raises(UsageError, match="belongs to the run 'demo', and this recipe's name is 'other'"):
+        pipeline.run_recipe(load_recipe(recipe_file, ["name=other"]))
+    assert work == []
+
+
+def test_a_stage_that_the_recipe_lacks_cannot_run(recipe_file: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_stage(load_recipe(recipe_file, ["sft=null"]), "sft")
+
+    assert str(caught.value) == "the recipe 'demo' has no section sft; add one, or run another stage"
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+LAUNCH = ["launch.accelerate_config=accelerate_configs/zero2.yaml", "launch.num_processes=2"]
+
+
+class FakeLauncher:
+    """Stands where accelerate would be: runs the worker's part in this process, as `RANK` 0."""
+
+    code = 0
+    commands: list[list[str]]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commands = []
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, command: list[str], env: dict[str, str]) -> FakeLauncher:
+        self.commands.append(command)
+        self.env = env
+        return self
+
+    def __enter__(self) -> FakeLauncher:
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        return None
+
+    def wait(self) -> int:
+        if self.code == 0:
+            stage, path = self.commands[-1][-2:]
+            with self.monkeypatch.context() as patch:
+                patch.setattr(os, "environ", {**self.env, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"})
+                pipeline.run_stage(load_recipe(path), stage)  # type: ignore[arg-type]
+        return self.code
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
+    fake = FakeLauncher(monkeypatch)
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=fake))
+    return fake
+
+
+def test_training_stages_are_launched_with_the_resolved_recipe(
+    recipe_file: str, work, launcher: FakeLauncher, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    pipeline.run_recipe(load_recipe(recipe_file, LAUNCH))
+
+    assert [command[:3] for command in launcher.commands] == [
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    ] * 2
+    assert launcher.commands[0][3:] == [
+        "launch",
+        "--quiet",
+        "--config_file",
+        "accelerate_configs/zero2.yaml",
+        "--num_processes",
+        "2",
+        "-m",
+        "hymba_align",
+        "sft",
+        f"{run}/recipe.yaml",
+    ]
+    assert work[1] == ("sft", None)
+    assert work[3] == ("dpo", f"{run}/sft/final")
+    assert names(work) == ALL
+
+
+def test_a_dry_run_prints_the_launch_command(
+    recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file, LAUNCH), dry_run=True)
+
+    assert (
+        "sft runs as: accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 "
+        f"-m hymba_align sft {tmp_path}/run/recipe.yaml\n"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "passed_on"), [(1, 1), (7, 7), (-9, 137)])
+def test_the_exit_code_of_launched_processes_is_passed_on(
+    recipe_file: str, work, launcher: FakeLauncher, code: int, passed_on: int
+) -> None:
+    launcher.code = code
+
+    with pytest.raises(HymbaAlignError) as caught:
+        pipeline.run_stage(load_recipe(recipe_file, LAUNCH), "sft")
+
+    assert caught.value.exit_code == passed_on
+    assert str(caught.value) == f"sft failed in its processes (exit code {code}); their messages are above"
+    assert not RunFolder(Path(load_recipe(recipe_file).output_dir or "")).read_manifest("sft").get("completed")
+
+
+def test_fewer_processes_than_asked_for_is_an_error(recipe_file: str, work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pipeline.STARTED_BY_US, "1")
+
+    with pytest.raises(HymbaAlignError) as caught:
+        pipeline.run_stage(load_recipe(recipe_file, LAUNCH), "sft")
+
+    assert str(caught.value) == (
+        "launch.num_processes is 2, but accelerate started 1 with accelerate_configs/zero2.yaml; "
+        "choose a file whose distributed_type can (MULTI_CPU cannot)"
+    )
+    assert work == []
+
+
+def test_inside_torchrun_a_stage_uses_the_processes_that_are_there(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_file, LAUNCH)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    pipeline.run_stage(recipe, "sft")
+    assert work == [("sft", None)]
+    assert RunFolder(tmp_path / "run").read_manifest("sft")["completed"]
+
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    pipeline.run_stage(recipe, "sft")
+    assert capsys.readouterr().out == ""
+    assert work == [("sft", None)]
+
+
+def test_other_ranks_wait_until_rank_0_has_prepared_the_folder(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.3)
+
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_stage(load_recipe(recipe_file), "sft")
+
+    assert str(caught.value) == (
+        f"rank 1 waited 0 s for rank 0 to start sft in {tmp_path}/run; set output_dir to a folder that all machines share"
+    )
+    assert work == []
+
+
+def test_run_refuses_to_be_one_of_many(recipe_file: str, work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert str(caught.value) == (
+        "'run' starts its processes itself (launch.num_processes); start it without torchrun or accelerate, "
+        "or launch 'sft' and 'dpo' one by one"
+    )
+    assert work == []
+
+
+# --- Nothing replaced -------------------------------------------------------------------------------------------------
+
+
+def test_the_real_stages_make_a_loadable_checkpoint_scores_and_a_report(
+    recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hymba_align.checkpoint import load_model
+
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    run = tmp_path / "run"
+    for stage in ("sft", "dpo"):
+        load_model(run / stage / "final")
+        assert RunFolder(run).read_manifest(stage)["details"]["metrics"]["steps"] >= 1
+    for stage in ("base", "sft", "dpo"):
+        assert json.loads((run / "eval" / stage / "gsm8k.json").read_text())["n"] == 2
+    assert (run / "report.md").exists()
+    assert f"Report: {run}/report.md" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""Records, the guard against divergence, and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hymba_align.errors import HymbaAlignError
+from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress, read_metrics
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3, report_to="none")
+
+
+def at_step(step: int, max_steps: int = 40) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=max_steps)
+
+
+def test_a_resumed_stage_drops_the_records_that_it_repeats_and_goes_on_counting_tokens(
+    tmp_path: Path, arguments: TrainingArguments
+) -> None:
+    first = MetricsFile(tmp_path)
+    first.on_train_begin(arguments, at_step(0), TrainerControl())
+    for step in (1, 2, 3):
+        first.on_log(arguments, at_step(step), TrainerControl(), logs={"loss": 1.0 / step, "num_tokens": 10.0 * step})
+    resumed = MetricsFile(tmp_path)
+    resumed.on_train_begin(arguments, at_step(2), TrainerControl())
+    resumed.on_log(arguments, at_step(3), TrainerControl(), logs={"loss": 0.25, "num_tokens": 10.0})
+    assert [(record["step"], record["loss"], record["tokens"]) for record in read_metrics(tmp_path)] == [
+        (1, 1.0, 10),
+        (2, 0.5, 20),
+        (3, 0.25, 30),
+    ]
+
+
+def test_a_stage_that_starts_again_starts_an_empty_file(tmp_path: Path, arguments: TrainingArguments) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    MetricsFile(tmp_path).on_train_begin(arguments, at_step(0), TrainerControl())
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_loss_that_is_not_a_number_is_written_as_null(tmp_path: Path, arguments: TrainingArguments) -> None:
+    MetricsFile(tmp_path).on_log(arguments, at_step(4), TrainerControl(), logs={"loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 4, "loss": None}
+
+
+@pytest.mark.parametrize(
+    ("step", "logs", "message"),
+    [
+        (
+            12,
+            {"loss": float("nan")},
+            "sft stopped: loss is nan at step 12; lower sft.trainer.learning_rate, which is 0.001, or raise warmup_steps",
+        ),
+        (
+            12,
+            {"loss": 1.0, "grad_norm": float("inf")},
+            "sft stopped: grad_norm is inf at step 12; lower sft.trainer.learning_rate, which is 0.001, or raise warmup_steps",
+        ),
+        (
+            1,
+            {"loss": float("inf")},
+            "sft stopped: loss is inf at step 1, before any update, so the starting weights are at fault; check base, or "
+            "the stage before",
+        ),
+    ],
+)
+def test_the_guard_names_the_step(arguments: TrainingArguments, step: int, logs: dict[str, Any], message: str) -> None:
+    with pytest.raises(HymbaAlignError) as raised:
+        DivergenceGuard("sft").on_log(arguments, at_step(step), TrainerControl(), logs=logs)
+    assert str(raised.value) == message
+    assert raised.value.exit_code == 1
+
+
+def test_the_guard_logs_before_every_checkpoint_and_at_the_end(arguments: TrainingArguments) -> None:
+    guard = DivergenceGuard("sft")
+    assert guard.on_step_end(arguments, at_step(3), TrainerControl(should_save=True)).should_log
+    assert guard.on_step_end(arguments, at_step(40), TrainerControl()).should_log
+    assert not guard.on_step_end(arguments, at_step(3), TrainerControl()).should_log
+
+
+def test_outside_a_terminal_a_long_run_prints_a_few_compact_lines(
+    capsys: pytest.CaptureFixture[str], arguments: TrainingArguments
+) -> None:
+    progress = Progress("dpo")
+    progress.on_train_begin(arguments, at_step(0, 1000), TrainerControl())
+    for step in range(1, 1001):
+        logs = {"loss": 0.5, "learning_rate": 3e-6, "rewards/margins": 0.25, "rewards/accuracies": 0.75}
+        progress.on_log(arguments, at_step(step, 1000), TrainerControl(), logs=logs)
+    lines = capsys.readouterr().err.splitlines()
+    assert 20 <= len(lines) <= 22
+    assert lines[-1] == "dpo  step 1000/1000  loss 0.5000  lr 3.0e-06  margin 0.250  preferred 0.75"

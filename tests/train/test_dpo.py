@@ -1,0 +1,143 @@
+"""Direct preference optimisation, with and without computing each prompt once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from trl import DPOConfig, DPOTrainer
+
+from hymba_align.checkpoint import load_model
+from hymba_align.data.prepare import prepare_preferences
+from hymba_align.data.sources import load_rows
+from hymba_align.data.template import render
+from hymba_align.recipe import Recipe
+from hymba_align.train.callbacks import read_metrics
+from hymba_align.train.common import (
+    SparesRecurrence,
+    load_start,
+    load_start_tokenizer,
+    quiet_libraries,
+    trainer_arguments,
+)
+from hymba_align.train.dpo import HymbaDPOTrainer, SharedPrefixCollator, train_dpo
+
+PAIR = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]}
+
+
+@quiet_libraries()
+def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTrainer:
+    """A stock trainer with and without the collator that names the shared prompt."""
+    assert recipe.data is not None
+    assert recipe.dpo is not None
+    tokenizer = load_start_tokenizer(recipe, None)
+    prepared = prepare_preferences(recipe.data, tokenizer, recipe.dpo.max_length, seed=recipe.seed)
+    collator = SharedPrefixCollator(pad_token_id=tokenizer.pad_token_id, max_length=recipe.dpo.max_length)
+    return DPOTrainer(
+        model=load_start(recipe, None, tokenizer),
+        args=trainer_arguments(recipe, "dpo", DPOConfig, folder),
+        data_collator=collator if share_prefix else None,
+        train_dataset=prepared.dataset,
+        processing_class=tokenizer,
+    )
+
+
+def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
+    assert HymbaDPOTrainer.__mro__[:3] == (HymbaDPOTrainer, SparesRecurrence, DPOTrainer)
+    assert {name for name in vars(HymbaDPOTrainer) if not name.startswith("__")} == set()
+
+
+@pytest.mark.parametrize(
+    ("max_length", "truncation_mode", "shared"),
+    [
+        (None, "keep_start", 4),
+        (16, "keep_start", 4),
+        (3, "keep_start", 3),
+        (7, "keep_end", 4),  # nothing is cut
+        (6, "keep_end", 0),  # chosen loses its first token, rejected does not
+    ],
+)
+def test_the_shared_length_is_the_prompt_that_truncation_leaves_to_both(
+    max_length: int | None, truncation_mode: str, shared: int
+) -> None:
+    collator = SharedPrefixCollator(pad_token_id=0, max_length=max_length, truncation_mode=truncation_mode)
+    batch = collator([PAIR])
+    assert batch["shared_prefix_lengths"].tolist() == [shared]
+    assert batch["shared_prefix_lengths"].dtype == torch.int64
+    chosen, rejected = batch["input_ids"]
+    assert torch.equal(chosen[:shared], rejected[:shared])
+
+
+def test_equal_cuts_at_the_start_leave_the_rest_of_the_prompt_shared() -> None:
+    pair = {**PAIR, "rejected_ids": [8, 9, 10]}
+    batch = SharedPrefixCollator(pad_token_id=0, max_length=5, truncation_mode="keep_end")([pair, pair])
+    assert batch["shared_prefix_lengths"].tolist() == [2, 2]
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7]] * 2 + [[3, 4, 8, 9, 10]] * 2
+
+
+def test_trl_tokenizes_a_pair_as_the_prompt_of_a_generation_and_its_replies(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(rows=3)
+    trainer = build_trainer(recipe, tmp_path, share_prefix=True)
+    tokenizer = load_start_tokenizer(recipe, None)
+    for row, pair in zip(load_rows(recipe.data), trainer.train_dataset, strict=True):
+        question = [{"role": "user", "content": row["question"]}]
+        assert pair["prompt_ids"] == render(tokenizer, question, add_generation_prompt=True).input_ids
+        whole = render(tokenizer, [*question, {"role": "assistant", "content": row["answer"]}])
+        assert pair["prompt_ids"] + pair["chosen_ids"] == whole.input_ids
+        assert tokenizer.eos_token_id in pair["chosen_ids"]
+        assert tokenizer.eos_token_id in pair["rejected_ids"]
+
+
+def test_sharing_the_prompt_changes_neither_losses_nor_rewards_nor_gradients(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(rows=4, per_device_train_batch_size=4)
+    losses, gradients, metrics, references = [], [], [], []
+    for share_prefix in (True, False):
+        trainer = build_trainer(recipe, tmp_path / str(share_prefix), share_prefix=share_prefix)
+        references.append(torch.tensor(trainer.train_dataset["ref_chosen_logps"][:]))
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert ("shared_prefix_lengths" in batch) == share_prefix
+        with torch.no_grad():  # away from the reference, so that rewards are not all zero
+            for number, parameter in enumerate(trainer.model.parameters()):
+                noise = torch.Generator().manual_seed(number)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in trainer.model.named_parameters()})
+        metrics.append({key: values[0] for key, values in trainer._metrics["train"].items()})
+    assert_close(references[0], references[1], atol=1e-5, rtol=1e-6)  # float32 on the CPU
+    assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
+    assert metrics[0].keys() == metrics[1].keys()
+    assert abs(metrics[1]["rewards/margins"]) > 1e-4
+    for key, value in metrics[1].items():
+        assert metrics[0][key] == pytest.approx(value, abs=1e-4 if key.startswith("logps") else 1e-5), key
+    for name, gradient in gradients[1].items():
+        assert gradient is not None, name
+        assert_close(gradients[0][name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_stage_trains_from_a_checkpoint_and_starts_at_its_own_reference(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(rows=8, per_device_train_batch_size=4, learning_rate=1e-2, num_train_epochs=5)
+    tokenizer = load_start_tokenizer(recipe, None)
+    load_start(recipe, None, tokenizer).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    summary = train_dpo(recipe, tmp_path / "start", tmp_path / "dpo")
+    records = [record for record in read_metrics(tmp_path / "dpo") if "loss" in record]
+    assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)  # log 2: policy equals reference
+    assert records[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert summary["last_loss"] < 0.5
+    assert summary["rewards/margins"] > 0.5
+    load_model(tmp_path / "dpo" / "final")
+
+
+def test_without_precomputed_references_training_is_the_same(make_recipe: Any, tmp_path: Path) -> None:
+    losses = []
+    for precompute in (True, False):
+        recipe = make_recipe(rows=4, learning_rate=1e-3, precompute_ref_log_probs=precompute)
+        train_dpo(recipe, None, tmp_path / str(precompute))
+        losses.append([record["loss"] for record in read_metrics(tmp_path / str(precompute)) if "loss" in record])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -1,0 +1,65 @@
+"""Two processes train what one process trains with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hymba_align.train.callbacks import read_metrics
+from hymba_align.train.dpo import train_dpo
+
+WORKER = """
+import sys
+from pathlib import Path
+from hymba_align.recipe import load_recipe
+from hymba_align.train.dpo import train_dpo
+
+recipe, folder, cache = sys.argv[1:]
+import datasets
+datasets.config.HF_DATASETS_CACHE = Path(cache)
+train_dpo(load_recipe(recipe), None, Path(folder))
+import torch
+assert torch.distributed.get_world_size() == 2, "accelerate did not use both processes"
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_share_data_and_references_and_train_as_one_with_twice_the_batch(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    settings = {"rows": 8, "learning_rate": 1e-3, "warmup_steps": 0, "train_sampling_strategy": "sequential"}
+    train_dpo(make_recipe(per_device_train_batch_size=4, **settings), None, tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(make_recipe(per_device_train_batch_size=2, **settings).dump_yaml())
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["worker.py", "recipe.yaml", "two", "cache"]
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    one, two = ([record for record in read_metrics(tmp_path / run) if "loss" in record] for run in ("one", "two"))
+    assert [record["step"] for record in two] == [1, 2]
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("loss", "rewards/margins", "logps/chosen"):
+            assert theirs[key] == pytest.approx(ours[key], abs=1e-4), key
+        assert theirs["tokens"] == ours["tokens"]
+    weights = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("one", "two")]
+    for name, weight in weights[0].items():
+        # AdamW divides by the gradient's size, which carries rounding of near-zero gradients to the weight.
+        assert (weights[1][name] - weight).abs().mean() < 1e-5, name
+    assert sorted(entry.name for entry in (tmp_path / "two").iterdir()) == ["final", "metrics.jsonl"]

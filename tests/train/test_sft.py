@@ -1,0 +1,191 @@
+"""Supervised fine-tuning with TRL's own trainer on packed rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hymba_align.checkpoint import load_model
+from hymba_align.data.prepare import prepare_sft
+from hymba_align.data.sources import load_rows
+from hymba_align.data.template import load_tokenizer, render
+from hymba_align.errors import HymbaAlignError, RecipeError
+from hymba_align.recipe import Recipe
+from hymba_align.train import sft as sft_module
+from hymba_align.train.callbacks import read_metrics
+from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, trainer_arguments
+from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft
+
+
+def build_trainer(recipe: Recipe, folder: Path) -> tuple[HymbaSFTTrainer, Dataset]:
+    """The trainer that `train_sft` builds, before it trains."""
+    assert recipe.data is not None
+    assert recipe.sft is not None
+    tokenizer = load_start_tokenizer(recipe, None)
+    prepared = prepare_sft(recipe.data, tokenizer, recipe.sft.max_length, seed=recipe.seed)
+    trainer = HymbaSFTTrainer(
+        model=load_start(recipe, None, tokenizer),
+        args=trainer_arguments(recipe, "sft", SFTConfig, folder),
+        train_dataset=prepared.dataset,
+        processing_class=tokenizer,
+    )
+    return trainer, prepared.dataset
+
+
+def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
+    assert HymbaSFTTrainer.__mro__[:3] == (HymbaSFTTrainer, SparesRecurrence, SFTTrainer)
+    own = {name for cls in (HymbaSFTTrainer, SparesRecurrence) for name in vars(cls) if not name.startswith("__")}
+    assert own == {"get_decay_parameter_names"}
+
+
+def test_packed_rows_hold_every_conversation_whole_and_train_only_its_assistant_tokens(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = make_recipe(rows=20)
+    trainer, _ = build_trainer(recipe, tmp_path)
+    tokenizer = load_start_tokenizer(recipe, None)
+    expected: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+    for row in load_rows(recipe.data):
+        conversation = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        rendered = render(tokenizer, conversation)
+        labels = (token if on else -100 for token, on in zip(rendered.input_ids, rendered.assistant_mask, strict=True))
+        expected[(tuple(rendered.input_ids), tuple(labels))] += 1
+
+    found: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+    for batch in trainer.get_train_dataloader():
+        assert batch["input_ids"].shape[0] == 1
+        assert "attention_mask" not in batch
+        cuts = batch["cu_seq_lens_q"].tolist()
+        for start, end in itertools.pairwise(cuts):
+            found[
+                (tuple(batch["input_ids"][0, start:end].tolist()), tuple(batch["labels"][0, start:end].tolist()))
+            ] += 1
+    assert len(trainer.train_dataset) < 20, "nothing was packed"
+    assert found == expected
+    assert all(tokenizer.eos_token_id in labels for _, labels in found), "the end token must be trained"
+
+
+def test_truncation_by_the_packer_would_be_noticed(make_recipe: Any, tmp_path: Path) -> None:
+    trainer, conversations = build_trainer(make_recipe(rows=4), tmp_path)
+    check_nothing_lost(conversations, trainer.train_dataset)
+    cut = trainer.train_dataset.map(lambda row: {"labels": row["labels"][:-1], "input_ids": row["input_ids"][:-1]})
+    with pytest.raises(AssertionError, match="TRL kept"):
+        check_nothing_lost(conversations, cut)
+
+
+def test_weight_decay_spares_norms_biases_and_what_recurs(make_recipe: Any, tmp_path: Path) -> None:
+    trainer, _ = build_trainer(make_recipe(weight_decay=0.1), tmp_path)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    groups = {group["weight_decay"]: group["params"] for group in trainer.create_optimizer().param_groups}
+    spared = {names[parameter] for parameter in groups[0.0]}
+    mixer = {"A_log.0", "D.0", "conv1d.bias", "dt_proj.0.bias"}
+    mixer |= {f"{norm}_layernorm.weight" for norm in ("dt", "B", "C")}
+    mixer |= {f"pre_avg_layernorm{side}.weight" for side in (1, 2)}
+    assert spared == {
+        "model.memory_tokens",
+        "model.final_layernorm.weight",
+        *(f"model.layers.{layer}.mamba.{name}" for layer in (0, 1) for name in mixer),
+        *(
+            f"model.layers.{layer}.{norm}.weight"
+            for layer in (0, 1)
+            for norm in ("input_layernorm", "pre_moe_layernorm")
+        ),
+    }
+    assert len(spared) + len(groups[0.1]) == len(names)
+
+
+def test_a_stage_writes_a_checkpoint_that_loads_and_a_record_of_every_step(make_recipe: Any, tmp_path: Path) -> None:
+    summary = train_sft(make_recipe(), None, tmp_path / "sft")
+    final = tmp_path / "sft" / "final"
+    model, tokenizer = load_model(final), load_tokenizer(str(final))
+    assert (final / "chat_template.jinja").read_text() == tokenizer.chat_template
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id
+    assert generation["pad_token_id"] == model.config.pad_token_id == tokenizer.convert_tokens_to_ids("[PAD]")
+    records = [record for record in read_metrics(tmp_path / "sft") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, int(summary["steps"]) + 1))
+    assert {"epoch", "loss", "learning_rate", "grad_norm", "tokens", "mean_token_accuracy"} <= records[0].keys()
+    assert summary["first_loss"] == records[0]["loss"]
+    assert summary["last_loss"] == records[-1]["loss"]
+    assert summary["train_loss"] == pytest.approx(sum(record["loss"] for record in records) / len(records))
+    assert summary["tokens"] == records[-1]["tokens"] > 0
+    assert sorted(path.name for path in (tmp_path / "sft").iterdir()) == ["final", "metrics.jsonl"]
+    assert not (final / "training_args.bin").exists()
+
+
+class Interrupt(TrainerCallback):
+    """What Ctrl-C does, right after step 3."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_stage_resumes_to_the_weights_of_an_uninterrupted_one(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(rows=24, per_device_train_batch_size=1, save_steps=2, learning_rate=1e-2)
+    whole = train_sft(recipe, None, tmp_path / "whole")
+    callbacks = sft_module.stage_callbacks
+    monkeypatch.setattr(sft_module, "stage_callbacks", lambda *given: [*callbacks(*given), Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(recipe, None, tmp_path / "parts")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-2"]
+    (tmp_path / "parts" / "checkpoint-9").mkdir()  # cut off while it was written: it must not be resumed from
+    parts = train_sft(recipe, None, tmp_path / "parts")
+
+    one, other = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert parts["train_loss"] == whole["train_loss"]
+    assert parts["steps"] == whole["steps"] > 4
+    strip = {"epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+    records = [
+        [{key: value for key, value in record.items() if key not in strip} for record in read_metrics(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert records[0] == records[1]
+
+
+def test_divergence_stops_the_stage_and_leaves_no_final(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        learning_rate=1e30, warmup_steps=0, lr_scheduler_type="constant", max_grad_norm=0, save_steps=1
+    )
+    with pytest.raises(
+        HymbaAlignError, match=r"sft stopped: (loss|grad_norm) is (nan|inf) at step 2; lower sft.trainer"
+    ):
+        train_sft(recipe, None, tmp_path)
+    assert not (tmp_path / "final").exists()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"], "step 2 must not be saved"
+
+
+def test_what_trl_refuses_while_it_builds_the_trainer_is_a_recipe_error(make_recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^sft.trainer is refused by TRL: Invalid `loss_type` nope passed"):
+        train_sft(make_recipe(loss_type="nope"), None, tmp_path)
+
+
+def test_a_bug_while_the_trainer_is_built_stays_a_bug(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(sft_module, "load_start", broken)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        train_sft(make_recipe(), None, tmp_path)
+
+
+def test_checkpoints_stay_when_the_recipe_asks_for_them(make_recipe: Any, tmp_path: Path) -> None:
+    train_sft(make_recipe(rows=8, save_total_limit=1), None, tmp_path)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
