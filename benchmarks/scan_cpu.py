@@ -34,7 +34,9 @@ TARGETS = {512: 40, 1024: 300}
 def build_mixer() -> MambaMixer:
     """Transformers' mixer at I = 512, N = 16, random weights."""
     torch.manual_seed(0)
-    config = MambaConfig(hidden_size=HIDDEN, state_size=STATE, expand=INNER // HIDDEN, conv_kernel=TAPS, num_hidden_layers=1)
+    config = MambaConfig(
+        hidden_size=HIDDEN, state_size=STATE, expand=INNER // HIDDEN, conv_kernel=TAPS, num_hidden_layers=1
+    )
     mixer = MambaMixer(config, layer_idx=0)
     for name, parameter in mixer.named_parameters():
         if name not in ("A_log", "D"):

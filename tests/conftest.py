@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from hymba_align.model import HymbaConfig, HymbaForCausalLM
 
 # Before any test module imports transformers, datasets or huggingface_hub, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,3 +48,38 @@ def small_base() -> dict[str, Any]:
             "kv_reuse_group": [],
         },
     }
+
+
+@pytest.fixture
+def small_config() -> HymbaConfig:
+    """Two local layers that share keys between two global ones; a window that short texts already leave."""
+    from hymba_align.model import HymbaConfig
+
+    return HymbaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        v_head_dim=16,
+        num_memory_tokens=5,
+        sliding_window=6,
+        global_attn_idx=[0, 4],
+        kv_reuse_group=[[1, 2, 3]],
+        mamba_d_state=4,
+        mamba_dt_rank=3,
+        max_position_embeddings=128,
+        orig_max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+
+
+@pytest.fixture
+def small_model(small_config: HymbaConfig) -> HymbaForCausalLM:
+    import torch
+
+    from hymba_align.model import HymbaForCausalLM
+
+    torch.manual_seed(0)
+    return HymbaForCausalLM(small_config).eval()

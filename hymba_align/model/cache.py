@@ -198,7 +198,9 @@ class HymbaCache(Cache):
         self.states, self.lengths, self.columns = [], torch.zeros(0, dtype=torch.int64), 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("HymbaCache cannot drop its last tokens: the SSM state does not run backwards; start a new cache")
+        raise ValueError(
+            "HymbaCache cannot drop its last tokens: the SSM state does not run backwards; start a new cache"
+        )
 
     @property
     def is_croppable(self) -> bool:

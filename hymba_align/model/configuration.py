@@ -7,7 +7,7 @@ meaning in every released checkpoint are accepted with that value only (`FIXED`)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -80,7 +80,7 @@ class HymbaConfig(PreTrainedConfig):
     model_type = "hymba"
     keys_to_ignore_at_inference = ("past_key_values",)
     # TRL's path-string loading looks for it on the class; see TRL's create_model_from_path.
-    auto_map = {}  # noqa: RUF012  read-only, and annotated it would become a field
+    auto_map: ClassVar[dict[str, str]] = {}
 
     vocab_size: int = 32001
     hidden_size: int = 1600
@@ -219,7 +219,10 @@ class HymbaConfig(PreTrainedConfig):
 
 def _qualified_auto_map(auto_map: dict[str, str] | None) -> dict[str, str]:
     """Class references with their repository, so that they resolve from any folder."""
-    classes = {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"}
+    classes = {
+        "AutoConfig": "configuration_hymba.HymbaConfig",
+        "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
+    }
     return {
         name: reference if "--" in reference else f"{REMOTE_CODE}--{reference}"
         for name, reference in (classes | (auto_map or {})).items()

@@ -71,7 +71,9 @@ def lay_out(
         return _explicit(batch, columns, segments, mask, shared_prefix_lengths)
     if shared_prefix_lengths is not None:
         if cu_seq_lens is not None:
-            raise ValueError("shared_prefix_lengths and cu_seq_lens exclude each other; a preference batch is padded, not packed")
+            raise ValueError(
+                "shared_prefix_lengths and cu_seq_lens exclude each other; a preference batch is padded, not packed"
+            )
         return _preference(mask, shared_prefix_lengths.detach().cpu(), input_ids)
     return _documents(mask, position_ids, cu_seq_lens)
 
@@ -161,7 +163,9 @@ def _preference(mask: Tensor, shared: Tensor, input_ids: Tensor | None) -> Layou
         if input_ids is not None:
             ids = input_ids.detach().cpu()
             if not torch.equal(ids[pair, chosen[:prefix]], ids[pair + batch // 2, rejected[:prefix]]):
-                raise ValueError(f"shared_prefix_lengths[{pair}] is {prefix}, but the first {prefix} tokens of its two rows differ")
+                raise ValueError(
+                    f"shared_prefix_lengths[{pair}] is {prefix}, but the first {prefix} tokens of its two rows differ"
+                )
         prompt = add_segment(pair, chosen[:prefix], ROOT)
         add_segment(pair, chosen[prefix:], prompt)
         add_segment(pair + batch // 2, rejected[prefix:], prompt)

@@ -1,218 +1,42 @@
-"""Hymba: layers whose attention heads and Mamba heads read the same input in parallel, behind learned meta tokens.
+"""Hymba for transformers: the stack of layers behind learned meta tokens, and its language-model head.
 
 There is one forward pass, over a packed row (see `layout.py`): the meta tokens run once, at its start, and every
 document continues them.
 
-Glossary (paper: Hymba, arXiv 2411.13676; Mamba, arXiv 2312.00752)
-    B, T   batch rows and columns             L   tokens of the packed row, meta tokens included
-    D      hidden size                        I   inner size of both branches
-    H, G   query heads, key/value heads       d, e   query/key and value head sizes
-    N      SSM state size                     R   rank of the step size
-    M      meta tokens                        V   vocabulary
+B batch rows, T columns, L tokens of the packed row (meta tokens included), D hidden size, V vocabulary, S segments.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
-from hymba_align.model.attention import TreeAttention
-from hymba_align.model.cache import HymbaCache, HymbaLayerState, KeyValues, LayerUpdate
+from hymba_align.model.cache import HymbaCache, LayerUpdate
 from hymba_align.model.configuration import HymbaConfig
-from hymba_align.model.kernels import ConvPlan, causal_conv, selective_scan
+from hymba_align.model.layers import (
+    HymbaConv,
+    HymbaDecay,
+    HymbaDecoderLayer,
+    HymbaRMSNorm,
+    HymbaSkip,
+    HymbaStepProjection,
+)
 from hymba_align.model.layout import Layout, lay_out
 from hymba_align.model.plan import ForwardPlan
 from hymba_align.model.segments import ROOT, SegmentTree
-
-IGNORED_LABEL = -100
-
-
-class HymbaRMSNorm(nn.Module):
-    """Root mean square norm in float32, cast back, then scaled. Source: arXiv 1910.07467, equation 4."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
-
-
-class HymbaStepProjection(nn.Linear):
-    """Linear layer whose bias is added in float32, as the step size needs; its output is float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).float() + cast(Tensor, self.bias).float()
-
-
-class HymbaConv(nn.Module):
-    """Causal depthwise convolution along the tree. Not an `nn.Conv1d`: adapters made for that would not see the tree."""
-
-    def __init__(self, channels: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-    def forward(self, u_LI: Tensor, plan: ConvPlan, tails: Tensor | None) -> tuple[Tensor, Tensor]:
-        return causal_conv(u_LI, self.weight.squeeze(1), self.bias, plan, tails)
-
-
-class HymbaDecay(nn.ParameterList):
-    """A_log, the logarithm of the negated state matrix (I, N), as the list of one that checkpoints store.
-
-    A class of its own because transformers initialises the weights of other people's models by the module that holds
-    them directly.
-    """
-
-    def __init__(self, channels: int, state: int) -> None:
-        super().__init__([torch.empty(channels, state)])
-
-
-class HymbaSkip(nn.ParameterList):
-    """D, the SSM's direct path (I,), as the list of one that checkpoints store."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__([torch.empty(channels)])
-
-
-class MixerOutput(NamedTuple):
-    x: Tensor
-    k: Tensor
-    v: Tensor
-    conv_tail: Tensor
-    ssm_state: Tensor
-
-
-class HymbaMixer(nn.Module):
-    """The hybrid head: attention and SSM side by side, normalised and averaged. Source: Hymba, section 2.1, equation 3.
-
-    Args:
-        config: shape of the model.
-        layer: index of this layer.
-    """
-
-    def __init__(self, config: HymbaConfig, layer: int) -> None:
-        super().__init__()
-        inner, state, rank = config.inner_size, config.mamba_d_state, config.mamba_dt_rank
-        self.layer = layer
-        self.kv_source = config.kv_source(layer)
-        self.is_global = config.is_global(layer)
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.v_head_dim = config.head_dim, config.v_head_dim
-        self.dt_rank, self.state = rank, state
-        # q | k | v | u | z; layers that reuse keys and values have no k | v
-        own_kv = [self.groups * self.head_dim, self.groups * self.v_head_dim] if self.kv_source == layer else [0, 0]
-        self.splits = [self.heads * self.head_dim, *own_kv, inner, inner]
-
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
-        self.conv1d = HymbaConv(inner, config.mamba_d_conv)
-        self.x_proj = nn.ModuleList([nn.Linear(inner, rank + 2 * state, bias=False)])
-        self.dt_proj = nn.ModuleList([HymbaStepProjection(rank, inner)])
-        self.A_log = HymbaDecay(inner, state)
-        self.D = HymbaSkip(inner)
-        self.dt_layernorm = HymbaRMSNorm(rank, config.rms_norm_eps)
-        self.B_layernorm = HymbaRMSNorm(state, config.rms_norm_eps)
-        self.C_layernorm = HymbaRMSNorm(state, config.rms_norm_eps)
-        self.pre_avg_layernorm1 = HymbaRMSNorm(inner, config.rms_norm_eps)
-        self.pre_avg_layernorm2 = HymbaRMSNorm(inner, config.rms_norm_eps)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
-
-    def forward(
-        self, x_LD: Tensor, k: Tensor | None, v: Tensor | None, plan: ForwardPlan, past: HymbaLayerState | None, stored: KeyValues | None
-    ) -> MixerOutput:
-        """Runs the layer on a packed row.
-
-        Args:
-            x_LD: normalised input.
-            k: (L, G, d) keys of the layer's source, if it reuses another's.
-            v: (L, G, e) values of the layer's source, if it reuses another's.
-            plan: the packed row.
-            past: this layer's state before the row, if it continues a cache.
-            stored: cached keys and values of the layer's source, if the row continues a cache.
-        """
-        q, own_k, own_v, u_LI, z_LI = self.in_proj(x_LD).split(self.splits, dim=-1)
-        q = plan.rotate(q.unflatten(-1, (self.heads, self.head_dim)))
-        if k is None or v is None:
-            k = plan.rotate(own_k.unflatten(-1, (self.groups, self.head_dim)))
-            v = own_v.unflatten(-1, (self.groups, self.v_head_dim))
-        if isinstance(plan.attention, TreeAttention):
-            a_LI = plan.attention.attend(q, k, v, is_global=self.is_global)
-        else:
-            a_LI = plan.attention.attend(q, k, v, cast(KeyValues, stored))
-        y_LI, conv_tail, ssm_state = self._scan(u_LI, z_LI, plan, past)
-        fused_LI = (self.pre_avg_layernorm1(a_LI) + self.pre_avg_layernorm2(y_LI)) / 2
-        return MixerOutput(self.out_proj(fused_LI), k, v, conv_tail, ssm_state)
-
-    def _scan(self, u_LI: Tensor, z_LI: Tensor, plan: ForwardPlan, past: HymbaLayerState | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The SSM branch: gated output (L, I), convolution tails and final states. Source: Mamba, section 3.4, figure 3."""
-        u_LI, conv_tail = self.conv1d(u_LI, plan.conv, None if past is None else past.conv_tail)
-        u_LI = F.silu(u_LI)
-        dt_LR, B_LN, C_LN = self.x_proj[0](u_LI).split([self.dt_rank, self.state, self.state], dim=-1)
-        dt_LI = F.softplus(self.dt_proj[0](self.dt_layernorm(dt_LR)))
-        A = -torch.exp(self.A_log[0].float())
-        y_LI, ssm_state = selective_scan(
-            u_LI, dt_LI, A, self.B_layernorm(B_LN), self.C_layernorm(C_LN), plan.scan, None if past is None else past.ssm_state
-        )
-        y_LI = (y_LI + self.D[0].float() * u_LI) * F.silu(z_LI.float())
-        return y_LI.to(u_LI.dtype), conv_tail, ssm_state
-
-
-class HymbaMLP(nn.Module):
-    """SwiGLU feed-forward block. Source: arXiv 2002.05202, section 2."""
-
-    def __init__(self, config: HymbaConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class HymbaExperts(nn.Module):
-    """The one expert of released checkpoints, under the name they store it by."""
-
-    def __init__(self, config: HymbaConfig) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList([HymbaMLP(config)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.experts[0](x)
-
-
-class HymbaDecoderLayer(GradientCheckpointingLayer):
-    """One layer: hybrid head, then feed-forward, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: HymbaConfig, layer: int) -> None:
-        super().__init__()
-        self.mamba = HymbaMixer(config, layer)
-        self.moe = HymbaExperts(config)
-        self.input_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_moe_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x_LD: Tensor, k: Tensor | None, v: Tensor | None, plan: ForwardPlan, past: HymbaLayerState | None, stored: KeyValues | None
-    ) -> MixerOutput:
-        """As `HymbaMixer.forward`, on the residual stream. Tensors are positional: reentrant checkpointing needs that."""
-        mixed = self.mamba(self.input_layernorm(x_LD), k, v, plan, past, stored)
-        x_LD = x_LD + mixed.x
-        return mixed._replace(x=x_LD + self.moe(self.pre_moe_layernorm(x_LD)))
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
     """Weights, initialisation and what transformers needs to know."""
 
+    config: HymbaConfig
     config_class = HymbaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -298,7 +122,9 @@ class HymbaModel(HymbaPreTrainedModel):
         embeds_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, columns, _ = embeds_BTD.shape
         if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only")
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only"
+            )
         continues = past_key_values is not None and past_key_values.is_initialized
         if continues and attention_mask is not None:
             attention_mask = attention_mask[:, -columns:]
@@ -326,7 +152,9 @@ class HymbaModel(HymbaPreTrainedModel):
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             states = tuple(layout.unpack(state[plan.meta_tokens :], batch) for state in (*inputs, x_LD))
         return BaseModelOutputWithPast(
-            last_hidden_state=layout.unpack(x_LD[plan.meta_tokens :], batch), past_key_values=cache, hidden_states=states
+            last_hidden_state=layout.unpack(x_LD[plan.meta_tokens :], batch),
+            past_key_values=cache,
+            hidden_states=states,
         )
 
     def _choose_cache(
@@ -371,7 +199,9 @@ class HymbaModel(HymbaPreTrainedModel):
 def _obstacle_to_caching(layout: Layout, batch: int) -> str | None:
     """Why the rows of a batch cannot start or continue a cache, if they cannot."""
     if (layout.tree.parents != ROOT).any() or len(set(layout.rows_S.tolist())) < len(layout.rows_S):
-        return "a cache holds one sequence per row; pass use_cache=False with packed documents, trees or shared prefixes"
+        return (
+            "a cache holds one sequence per row; pass use_cache=False with packed documents, trees or shared prefixes"
+        )
     if missing := set(range(batch)) - set(layout.rows_S.tolist()):
         return f"attention_mask has no real token in row {min(missing)}; every sequence needs one to start a cache"
     return None
@@ -434,7 +264,9 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         if labels is not None:
             if not isinstance(keep, int):
                 raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
-            predicting, targets = _next_token_pairs(labels, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), segments)
+            predicting, targets = _next_token_pairs(
+                labels, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), segments
+            )
             loss = self.loss_function(
                 logits.flatten(0, 1)[predicting.to(logits.device)],
                 labels=None,
@@ -446,7 +278,9 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]  # upstream declares a bool and returns nothing
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *unused: Any
+    ) -> None:
         """Gives `generate` a `HymbaCache` where it would make one of transformers' own."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -457,12 +291,21 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
 
 
 def _next_token_pairs(
-    labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, segments: SegmentTree | None
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    segments: SegmentTree | None,
 ) -> tuple[Tensor, Tensor]:
     """Positions in the flattened batch that predict, and what: (n,) and (n,), document starts and padding left out."""
     batch, columns = labels.shape
     layout = lay_out(
-        batch, columns, attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens, segments=segments
+        batch,
+        columns,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cu_seq_lens=cu_seq_lens,
+        segments=segments,
     )
     before = layout.tree.predecessors()
     predicted = (before != ROOT).nonzero().flatten()

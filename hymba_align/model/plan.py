@@ -70,7 +70,13 @@ class ForwardPlan:
 
     @classmethod
     def build(
-        cls, config: HymbaConfig, tree: SegmentTree, rows_S: Tensor, cache: HymbaCache | None, dtype: torch.dtype, device: torch.device
+        cls,
+        config: HymbaConfig,
+        tree: SegmentTree,
+        rows_S: Tensor,
+        cache: HymbaCache | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> ForwardPlan:
         """Plans the forward pass over `tree`, whose roots continue the meta tokens or, if filled, the cache.
 
@@ -130,7 +136,9 @@ def rotary_angles(config: HymbaConfig, positions_L: Tensor) -> tuple[Tensor, Ten
     return angles.cos(), angles.sin()
 
 
-def _cached_attention(tree: SegmentTree, rows_S: Tensor, index_L: Tensor, cache: HymbaCache, device: torch.device) -> CachedAttention:
+def _cached_attention(
+    tree: SegmentTree, rows_S: Tensor, index_L: Tensor, cache: HymbaCache, device: torch.device
+) -> CachedAttention:
     queries = int(tree.lengths.max())
     new = torch.zeros(len(cache.lengths), queries, dtype=torch.bool)
     slots = rows_S.repeat_interleave(tree.lengths) * queries + index_L

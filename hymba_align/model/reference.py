@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def selective_scan_reference(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan_reference(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
     """Output (T, I) and final state (I, N) of one sequence. Source: Mamba (arXiv 2312.00752), equation 2.
 
     Args:

@@ -103,9 +103,14 @@ class SegmentTree:
             chosen: (P,) tokens of the preferred answer, at least 1.
             rejected: (P,) tokens of the other one, at least 1.
         """
-        columns = [_as_int_tensor(values, name) for values, name in ((prompt, "prompt"), (chosen, "chosen"), (rejected, "rejected"))]
+        columns = [
+            _as_int_tensor(values, name)
+            for values, name in ((prompt, "prompt"), (chosen, "chosen"), (rejected, "rejected"))
+        ]
         if len({len(column) for column in columns}) != 1:
-            raise ValueError(f"SegmentTree: {[len(column) for column in columns]} prompt, chosen and rejected lengths; give as many of each")
+            raise ValueError(
+                f"SegmentTree: {[len(column) for column in columns]} prompt, chosen and rejected lengths; give as many of each"
+            )
         lengths: list[int] = []
         parents: list[int] = []
         for prompt_tokens, chosen_tokens, rejected_tokens in zip(*(column.tolist() for column in columns), strict=True):

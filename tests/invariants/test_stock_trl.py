@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hymba_align.model import HymbaForCausalLM
-
-EXACT = {"atol": 1e-5, "rtol": 0}  # float32; observed 1e-6
 
 
 @pytest.fixture
@@ -94,47 +93,63 @@ class SharingCollator(DataCollatorForPreference):
         return batch
 
 
+def one_dpo_step(
+    policy: HymbaForCausalLM,
+    reference: HymbaForCausalLM,
+    collator: DataCollatorForPreference,
+    arguments: DPOConfig,
+    rows: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """What stock TRL logs at its first step, and the gradient of every parameter."""
+    model = copy.deepcopy(policy)
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(gradients[name].add_)
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=copy.deepcopy(reference),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    trainer.train()
+    return trainer.state.log_history[0], gradients
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero", "sft"])
 @pytest.mark.parametrize("precompute", [False, True])
 def test_dpo_is_the_same_with_and_without_a_shared_prefix(
     small_model: HymbaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loss_type: str, precompute: bool
 ) -> None:
-    import copy
-
-    text = [" ".join(map(str, torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist())) for n in range(1, 13)]
-    rows = [{"prompt": text[3 * i], "chosen": f" {text[3 * i + 1]}", "rejected": f" {text[3 * i + 2]}"} for i in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    text = [" ".join(map(str, torch.randint(3, 60, (n,), generator=generator).tolist())) for n in range(1, 13)]
+    rows = [
+        {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        for prompt, chosen, rejected in zip(text[::3], text[1::3], text[2::3], strict=True)
+    ]
     reference = copy.deepcopy(small_model)
     with torch.no_grad():  # a policy that differs from its reference, or every reward is zero
         for parameter in small_model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    arguments = DPOConfig(
+        **settings(tmp_path, per_device_train_batch_size=4),
+        loss_type=[loss_type],
+        precompute_ref_log_probs=precompute,
+    )
 
-    outcomes = []
-    for collator in (DataCollatorForPreference(pad_token_id=60), SharingCollator(pad_token_id=60)):
-        gradients: dict[str, Tensor] = {}
-        model = copy.deepcopy(small_model)
-        for name, parameter in model.named_parameters():
-            parameter.register_hook(lambda gradient, name=name: gradients.__setitem__(name, gradients.get(name, 0) + gradient))
-        trainer = DPOTrainer(
-            model=model,
-            ref_model=copy.deepcopy(reference),
-            args=DPOConfig(
-                **settings(tmp_path, per_device_train_batch_size=4),
-                loss_type=[loss_type],
-                precompute_ref_log_probs=precompute,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            data_collator=collator,
-        )
-        trainer.train()
-        outcomes.append((trainer.state.log_history[0], gradients))
-    (plain, plain_gradients), (shared, shared_gradients) = outcomes
+    (plain, plain_gradients), (shared, shared_gradients) = (
+        one_dpo_step(small_model, reference, collator(pad_token_id=60), arguments, rows, tokenizer)
+        for collator in (DataCollatorForPreference, SharingCollator)
+    )
+
     assert plain["rewards/margins"] != 0
     for key in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert shared[key] == pytest.approx(plain[key], abs=1e-5, rel=1e-6), key
-    assert set(plain_gradients) == {name for name, _ in small_model.named_parameters()}
     for name, gradient in plain_gradients.items():
-        assert_close(shared_gradients[name], gradient, atol=1e-5, rtol=1e-5)
+        assert gradient.abs().max() > 0, name
+        assert_close(shared_gradients[name], gradient, atol=1e-5, rtol=1e-5)  # observed 2e-6 of gradients up to 5
 
 
 def test_trl_loads_a_saved_hymba_from_its_path(

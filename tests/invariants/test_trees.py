@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from hymba_align.model import HymbaConfig, HymbaForCausalLM, SegmentTree
-from hymba_align.model import attention
+from hymba_align.model import HymbaConfig, HymbaForCausalLM, SegmentTree, attention
 
 LOGITS = {"atol": 5e-5, "rtol": 0}  # float32, observed 1.4e-5
 GRADIENTS = 1e-4  # relative in norm, each parameter; observed 2e-5
@@ -68,7 +67,9 @@ def test_every_segment_equals_its_path_run_alone(block: int, tree: SegmentTree, 
     model = MODELS[window].eval()
     ids = torch.randint(0, 61, (tree.num_tokens,), generator=torch.Generator().manual_seed(seed))
     weights = torch.randn(tree.num_tokens, 61, generator=torch.Generator().manual_seed(seed + 1))
-    spans = [slice(start, start + length) for start, length in zip(tree.offsets.tolist(), tree.lengths.tolist(), strict=True)]
+    spans = [
+        slice(start, start + length) for start, length in zip(tree.offsets.tolist(), tree.lengths.tolist(), strict=True)
+    ]
 
     with queries_per_block(block):
         logits = model(ids[None], segments=tree).logits[0]

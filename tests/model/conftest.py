@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hymba_align.model import HymbaConfig, HymbaForCausalLM
+from hymba_align.model import HymbaForCausalLM
 
 TINY = Path(__file__).parent.parent / "golden" / "tiny"
 
@@ -29,35 +29,6 @@ def golden_model() -> HymbaForCausalLM:
 @pytest.fixture(scope="session")
 def golden_documents(golden: dict[str, Tensor]) -> list[Tensor]:
     return [golden[f"docs.{i}.input_ids"] for i in range(6)]
-
-
-@pytest.fixture
-def small_config() -> HymbaConfig:
-    """Two local layers that share keys between two global ones; a window that short texts already leave."""
-    return HymbaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        v_head_dim=16,
-        num_memory_tokens=5,
-        sliding_window=6,
-        global_attn_idx=[0, 4],
-        kv_reuse_group=[[1, 2, 3]],
-        mamba_d_state=4,
-        mamba_dt_rank=3,
-        max_position_embeddings=128,
-        orig_max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-
-
-@pytest.fixture
-def small_model(small_config: HymbaConfig) -> HymbaForCausalLM:
-    torch.manual_seed(0)
-    return HymbaForCausalLM(small_config).eval()
 
 
 @pytest.fixture

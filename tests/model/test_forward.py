@@ -72,7 +72,10 @@ def test_meta_tokens_run_once_however_many_documents_there_are(small_model: Hymb
 def test_a_shared_preference_prefix_changes_nothing_but_the_work(
     small_model: HymbaForCausalLM, pad: Callable[[list[Tensor], str], tuple[Tensor, Tensor]], side: str
 ) -> None:
-    prompts, answers = [tokens(9), tokens(0), tokens(4)], [[tokens(3), tokens(8)], [tokens(5), tokens(2)], [tokens(0), tokens(6)]]
+    prompts, answers = (
+        [tokens(9), tokens(0), tokens(4)],
+        [[tokens(3), tokens(8)], [tokens(5), tokens(2)], [tokens(0), tokens(6)]],
+    )
     rows = [torch.cat([prompt, pair[half]]) for half in (0, 1) for prompt, pair in zip(prompts, answers, strict=True)]
     ids, mask = pad(rows, side)
     seen: list[int] = []
@@ -216,12 +219,14 @@ def test_a_lora_on_any_linear_layer_changes_the_result_and_receives_gradient(
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * small_model.config.num_hidden_layers
     for name, parameter in trained.items():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_a_merged_lora_computes_what_the_adapter_did(small_model: HymbaForCausalLM) -> None:
     ids = tokens(1, 20)
-    adapted = get_peft_model(small_model, LoraConfig(r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        small_model, LoraConfig(r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     with torch.no_grad():
         expected = adapted(input_ids=ids).logits
         assert_close(adapted.merge_and_unload()(ids).logits, expected, **CLOSE)

@@ -41,7 +41,9 @@ def test_sampling_draws_the_same_tokens_with_and_without_the_cache(small_model: 
     sampled = []
     for use_cache in (True, False):
         torch.manual_seed(7)
-        sampled.append(small_model.generate(ids, max_new_tokens=20, do_sample=True, eos_token_id=None, use_cache=use_cache))
+        sampled.append(
+            small_model.generate(ids, max_new_tokens=20, do_sample=True, eos_token_id=None, use_cache=use_cache)
+        )
     assert torch.equal(*sampled)
 
 
@@ -76,7 +78,9 @@ def test_a_text_fed_to_the_cache_in_pieces_gives_the_logits_of_the_whole(
 def test_beam_search_finds_the_same_beams_with_and_without_the_cache(small_model: HymbaForCausalLM) -> None:
     ids = tokens(2, 6)
     cached, plain = (
-        small_model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=4, eos_token_id=None, use_cache=use_cache)
+        small_model.generate(
+            ids, max_new_tokens=8, do_sample=False, num_beams=4, eos_token_id=None, use_cache=use_cache
+        )
         for use_cache in (True, False)
     )
     assert torch.equal(cached, plain)

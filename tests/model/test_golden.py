@@ -88,7 +88,11 @@ def test_greedy_decoding_matches_token_for_token_alone(
     golden_model.config.sliding_window = int(golden["generate.sliding_window"])
     for i in range(3):
         output = golden_model.generate(
-            golden[f"generate.{i}.input_ids"][None], max_new_tokens=24, do_sample=False, eos_token_id=None, use_cache=use_cache
+            golden[f"generate.{i}.input_ids"][None],
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=use_cache,
         )
         assert output[0].tolist() == golden[f"generate.{i}.output_ids"].tolist()
 
@@ -106,7 +110,9 @@ def test_greedy_decoding_matches_token_for_token_as_one_batch(
     if side == "mixed":  # transformers' generate reads the last column only, so it wants left padding
         output = decode_by_hand(golden_model, ids, mask, 24)
     else:
-        output = golden_model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None)[:, -24:]
+        output = golden_model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None)[
+            :, -24:
+        ]
     for i, prompt in enumerate(prompts):
         assert output[i].tolist() == golden[f"generate.{i}.output_ids"][len(prompt) :].tolist()
 

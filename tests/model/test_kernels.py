@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from hymba_align.model.kernels import ConvPlan, ScanPlan, causal_conv, selective_scan, scan
+from hymba_align.model.kernels import ConvPlan, ScanPlan, causal_conv, scan, selective_scan
 from hymba_align.model.reference import causal_conv_reference, selective_scan_reference
 
 CPU = torch.device("cpu")
@@ -38,7 +38,13 @@ def test_selective_scan_and_its_gradients_equal_the_recurrence_on_any_tree(
     lengths, parents, initial = tree
     total, state = sum(lengths), 3
     inputs = random_inputs(
-        seed, (total, channels), (total, channels), (channels, state), (total, state), (total, state), (2, channels, state)
+        seed,
+        (total, channels),
+        (total, channels),
+        (channels, state),
+        (total, state),
+        (total, state),
+        (2, channels, state),
     )
     u, dt_raw, a_raw, B, C, given_states = inputs
     dt, A = torch.nn.functional.softplus(dt_raw), -torch.exp(a_raw)
@@ -51,7 +57,9 @@ def test_selective_scan_and_its_gradients_equal_the_recurrence_on_any_tree(
         torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist(), lengths, parents, initial, strict=True
     ):
         span = slice(start, start + length)
-        before = finals[parent] if parent >= 0 else given_states[given_state] if given_state >= 0 else torch.zeros_like(A)
+        before = (
+            finals[parent] if parent >= 0 else given_states[given_state] if given_state >= 0 else torch.zeros_like(A)
+        )
         output, after = selective_scan_reference(u[span], dt[span], A, B[span], C[span], before)
         outputs.append(output)
         finals.append(after)
@@ -60,7 +68,9 @@ def test_selective_scan_and_its_gradients_equal_the_recurrence_on_any_tree(
     assert_close(final, expected_final, **EXACT)
 
     weight_y, weight_final = random_inputs(seed + 100, tuple(y.shape), tuple(final.shape))
-    found = torch.autograd.grad((y * weight_y).sum() + (final * weight_final).sum(), inputs, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(
+        (y * weight_y).sum() + (final * weight_final).sum(), inputs, retain_graph=True, allow_unused=True
+    )
     wanted = torch.autograd.grad(
         (expected * weight_y).sum() + (expected_final * weight_final).sum(), inputs, allow_unused=True
     )
@@ -79,7 +89,13 @@ def test_causal_conv_reaches_back_through_the_tree(
     expected_tails: list[Tensor] = []
     outputs = u.split(lengths)
     for index, (own, parent, given_tail) in enumerate(zip(outputs, parents, initial, strict=True)):
-        before = expected_tails[parent] if parent >= 0 else given_tails[given_tail] if given_tail >= 0 else u.new_zeros(taps - 1, 4)
+        before = (
+            expected_tails[parent]
+            if parent >= 0
+            else given_tails[given_tail]
+            if given_tail >= 0
+            else u.new_zeros(taps - 1, 4)
+        )
         assert_close(y.split(lengths)[index], causal_conv_reference(own, weight, bias, before), **EXACT)
         expected_tails.append(torch.cat([before, own])[-(taps - 1) :])
     assert_close(tails, torch.stack(expected_tails), **EXACT)

@@ -33,7 +33,9 @@ class ConvPlan:
     """(S, W - 1) source of each segment's own tail: the last W - 1 inputs on its path."""
 
     @classmethod
-    def build(cls, lengths: list[int], parents: list[int], initial: list[int], taps: int, device: torch.device) -> ConvPlan:
+    def build(
+        cls, lengths: list[int], parents: list[int], initial: list[int], taps: int, device: torch.device
+    ) -> ConvPlan:
         """Lays the segments out.
 
         Args:

@@ -177,7 +177,12 @@ class _SelectiveScan(torch.autograd.Function):
         dstart_CIN = u.new_empty(chunks, channels, state)
 
         for block in _channel_blocks(steps * chunks, channels, state):
-            dt_block, u_block, A_block, dy_block = dt_KCI[:, :, block], u_KCI[:, :, block], A[block], dy_KCI[:, :, block]
+            dt_block, u_block, A_block, dy_block = (
+                dt_KCI[:, :, block],
+                u_KCI[:, :, block],
+                A[block],
+                dy_KCI[:, :, block],
+            )
             x = dt_block * u_block
             decay = torch.exp(dt_block.unsqueeze(-1) * A_block)
 
