@@ -165,8 +165,9 @@ def check_inputs(recipe: Recipe, steps: Sequence[Step]) -> None:
     check_run_folder(recipe)
     for step in steps:
         if step.stage != "base" and step.trains:
-            key = f"{step.stage}.data.path" if getattr(recipe, step.stage).data else "data.path"
-            _check_exists(key, recipe.data_for(step.stage).path)
+            path = recipe.data_for(step.stage).path
+            shared = recipe.data is not None and recipe.data.path == path
+            _check_exists("data.path" if shared else f"{step.stage}.data.path", path)
     if any(not step.trains for step in steps):
         gsm8k = resolved_eval(recipe).gsm8k
         _check_exists("eval.gsm8k.test_path", gsm8k.test_path)

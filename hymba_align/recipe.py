@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from hymba_align.recipe_loading import Section, dump_yaml, load_section
 
 Task = Literal["gsm8k"]
 TrainingStage = Literal["sft", "dpo"]
@@ -24,12 +26,6 @@ TASKS: tuple[Task, ...] = ("gsm8k",)
 TRAINING_STAGES: tuple[TrainingStage, ...] = ("sft", "dpo")
 STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class BaseSection(Section):
@@ -129,7 +125,7 @@ class LaunchSection(Section):
 
 
 class Recipe(Section):
-    """A whole run."""
+    """A whole run. A stage's `data` holds what differs from the recipe's `data`; every other key of it applies."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: str | None = None
@@ -140,6 +136,18 @@ class Recipe(Section):
     dpo: DPOSection | None = None
     eval: EvalSection | None = None
     launch: LaunchSection = LaunchSection()
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        shared = values.get("data")
+        if not isinstance(shared, dict):
+            return values
+        completed = dict(values)
+        for stage in TRAINING_STAGES:
+            section = values.get(stage)
+            if isinstance(section, dict) and isinstance(section.get("data"), dict):
+                completed[stage] = {**section, "data": {**shared, **section["data"]}}
+        return completed
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
@@ -174,15 +182,13 @@ class Recipe(Section):
         return tuple(stage for stage in STAGES if stage in wanted)
 
     def data_for(self, stage: TrainingStage) -> DataSection:
-        """The stage's own data section, or else the recipe's."""
+        """The stage's data: the recipe's, with what the stage has otherwise."""
         data = self._stage_section(stage).data or self.data
         assert data is not None, f"{stage} has no data, which validation refuses"
         return data
 
     def dump_yaml(self) -> str:
         """The recipe as resolved, overrides included, as YAML that `load_recipe` reads back to an equal recipe."""
-        from hymba_align.recipe_loading import dump_yaml
-
         return dump_yaml(self.model_dump())
 
 
@@ -192,8 +198,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or a key or value is invalid.
     """
-    from hymba_align.recipe_loading import load_section
-
     return load_section(Recipe, path, overrides)
 
 

@@ -15,13 +15,26 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from hymba_align.errors import RecipeError
 
 KeyPath = tuple[str, ...]
-SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What was read, with keys filled in that follow from others; called before validation."""
+        return values
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -85,7 +98,7 @@ def load_section(
     for override in overrides:
         _apply_override(section, source, override, prefix)
     try:
-        text = json.dumps(source.values)
+        text = json.dumps(section.complete(source.values))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.name}: {error}; write plain numbers, words, lists and sections") from error
     try:

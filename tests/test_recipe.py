@@ -16,6 +16,17 @@ from hymba_align.recipe_loading import dump_yaml, load_section
 BASE = "name: demo\nbase: {model: owner/hymba}\n"
 
 
+def test_a_stage_takes_the_keys_of_data_that_it_does_not_set(write) -> None:
+    recipe = load_recipe(
+        write(BASE + "data: {path: a.jsonl, examples_per_conversation: 3}\nsft: {}\ndpo: {data: {max_rows: 9}}\n"),
+        ["data.path=b.jsonl"],
+    )
+    assert recipe.data_for("sft").model_dump() == recipe.data.model_dump()
+    assert recipe.data_for("dpo") == recipe.data.model_copy(update={"max_rows": 9})
+    assert recipe.data_for("dpo").path == "b.jsonl"
+    assert load_recipe(write(recipe.dump_yaml())) == recipe
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

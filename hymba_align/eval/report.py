@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 STAGES = ("base", "sft", "dpo")
 STAGE_NAMES = {"base": "base", "sft": "after SFT", "dpo": "after DPO"}
-# Hymba paper, arXiv 2411.13676, table 4: Hymba-1.5B-Instruct, in percent.
+# Hymba paper, arXiv 2411.13676, table 4: Hymba-1.5B-Instruct, in percent. Shown for runs that start from these.
 PUBLISHED = {"gsm8k": 58.76}
+PUBLISHED_FOR = ("Hymba-1.5B-Base", "Hymba-1.5B-Instruct")
 SAMPLES_PER_STAGE = 3
 LONGEST_SHOWN = 600  # characters of a response
 
 COMPARISON = (
-    "The published number is that of Hymba-1.5B-Instruct (Hymba paper, table 4). It compares only with a run that starts "
-    "from nvidia/Hymba-1.5B-Base and is scored on the full official test set; partial scores and other models stand "
-    "beside it for orientation alone."
+    "The published number is that of Hymba-1.5B-Instruct (Hymba paper, table 4). It compares only with scores on the full "
+    "official test set; a partial score stands beside it for orientation alone."
 )
 
 
@@ -34,7 +34,7 @@ def write_report(run_root: Path) -> Path:
     sections = [
         f"# {run_root.name}",
         "## Scores",
-        *_score_section(results),
+        *_score_section(results, _published(run_root)),
         "## Training",
         *_training_section(run_root),
         "## Sample answers",
@@ -49,14 +49,15 @@ def score_table(run_root: Path) -> Table:
     """The same scores for the terminal."""
     from rich.table import Table
 
-    results = load_results(run_root)
-    table = Table(title=f"Scores of {run_root.name}", caption=COMPARISON if results else None)
-    for name, justify in (("stage", "left"), ("task", "left"), ("problems", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("strict match", "flexible match", "published"):
+    published = _published(run_root)
+    table = Table(title=f"Scores of {run_root.name}, %", caption=COMPARISON if published else None)
+    for name in ("stage", "task"):
+        table.add_column(name)
+    for name in ("problems", "strict match", "flexible match", *(["published"] if published else [])):
         table.add_column(name, justify="right")
-    for stage, task, result in results:
-        table.add_row(STAGE_NAMES[stage], task, _problems(result), *_scores(result), _published(task))
+    for stage, task, result in load_results(run_root):
+        beside = [published[task]] if task in published else []
+        table.add_row(STAGE_NAMES[stage], task, _problems(result), *_scores(result), *beside)
     return table
 
 
@@ -69,17 +70,16 @@ def load_results(run_root: Path) -> list[tuple[str, str, TaskResult]]:
     return found
 
 
-def _score_section(results: list[tuple[str, str, TaskResult]]) -> list[str]:
+def _score_section(results: list[tuple[str, str, TaskResult]], published: dict[str, str]) -> list[str]:
     if not results:
         return ["No stage has been scored yet."]
-    lines = [
-        "| stage | task | problems | strict match, % | flexible match, % | published, % | answers that end |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    head = ["stage", "task", "problems", "strict match, %", "flexible match, %", "answers that end"]
+    lines = [_row([*head, *(["published, %"] if published else [])])]
+    lines.append(_row(["---", "---", *["---:"] * (len(head) - 2 + bool(published))]))
     for stage, task, result in results:
+        beside = [published[task]] if task in published else []
         ended = f"{result.ended} of {result.n}"
-        cells = (STAGE_NAMES[stage], task, _problems(result), *_scores(result), _published(task), ended)
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_row([STAGE_NAMES[stage], task, _problems(result), *_scores(result), ended, *beside]))
     warnings = [f"Warning, {STAGE_NAMES[stage]}: {text}." for stage, _, result in results for text in result.warnings]
     protocol = results[-1][2].settings
     how = (
@@ -87,7 +87,11 @@ def _score_section(results: list[tuple[str, str, TaskResult]]) -> list[str]:
         f"tokens, test file `{protocol['test_path']}`, lm-evaluation-harness {results[-1][2].versions['lm-eval']}. "
         "± is the standard error."
     )
-    return ["\n".join(lines), *warnings, how, COMPARISON]
+    return ["\n".join(lines), *warnings, how, *([COMPARISON] if published else [])]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _problems(result: TaskResult) -> str:
@@ -103,8 +107,10 @@ def _scores(result: TaskResult) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _published(task: str) -> str:
-    return f"{PUBLISHED[task]:.2f}" if task in PUBLISHED else "none"
+def _published(run_root: Path) -> dict[str, str]:
+    """Published scores by task, in percent, where they are of the model that this run starts from."""
+    model = (_recipe(run_root).get("base") or {}).get("model") or ""
+    return {task: f"{score:.2f}" for task, score in PUBLISHED.items()} if Path(model).name in PUBLISHED_FOR else {}
 
 
 def _training_section(run_root: Path) -> list[str]:
