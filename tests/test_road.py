@@ -33,9 +33,11 @@ def test_the_recipe_learns_what_it_is_given_and_dpo_prefers_the_right_answers(
     overrides = [
         f"data.path={tmp_path / 'train.jsonl'}",
         f"output_dir={run}",
-        "sft.trainer.num_train_epochs=60",
+        "data.examples_per_conversation=1",
+        "eval.gsm8k.num_fewshot=0",
+        "sft.trainer.num_train_epochs=50",
         "sft.trainer.per_device_train_batch_size=1",
-        "dpo.trainer.num_train_epochs=4",
+        "dpo.trainer.num_train_epochs=5",
         "dpo.trainer.per_device_train_batch_size=4",
         "eval.max_new_tokens=64",
     ]
