@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hymba_align.model.cache import KeyValues
 from hymba_align.model.segments import ROOT
 
 QUERY_BLOCK = 512
@@ -80,8 +81,11 @@ class TreeAttention:
             paths.append(path)
         return cls(tuple(sizes), tuple(full), tuple(windowed))
 
-    def attend(self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool) -> Tensor:
+    def attend(
+        self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
+    ) -> Tensor:
         """Attention output (L, H * e)."""
+        assert stored is None, "a tree holds all its tokens itself"
         # One split per tensor: the gradient of a split is one concatenation, that of many slices is one full row each.
         q_pieces, k_pieces, v_pieces = (x.split(self.sizes) for x in (q_LHd, k_LGd, v_LGe))
         outputs = []

@@ -99,12 +99,16 @@ class LayerUpdate:
     ssm_state: Tensor
     """(S, I, N) of every segment"""
 
+    def detached(self) -> LayerUpdate:
+        return LayerUpdate(*(x.detach() for x in (self.k, self.v, self.conv_tail, self.ssm_state)))
+
 
 @dataclass
 class HymbaCache(Cache):
     """State of a batch of sequences between forward passes. Empty until the first pass.
 
-    Rows may have different lengths, with padding on any side. It is written once per forward pass, after all layers.
+    Rows may have different lengths, with padding on any side. It is written once per forward pass, after all layers,
+    and holds values without their graph: gradients do not flow into earlier passes.
     """
 
     config: HymbaConfig
@@ -156,6 +160,9 @@ class HymbaCache(Cache):
             batch: B of the batch that was run.
         """
         first_pass = not self.states
+        updates = [update.detached() for update in updates]
+        if not first_pass and torch.is_grad_enabled():  # a backward pass may still need what is written over below
+            self.batch_select_indices(torch.arange(batch))
         if first_pass:
             self.lengths = torch.zeros(batch, dtype=torch.int64)
             self.states = [self._new_state(layer, update, batch) for layer, update in enumerate(updates)]

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hymba_align.model.attention import TreeAttention
 from hymba_align.model.cache import HymbaLayerState, KeyValues
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.kernels import ConvPlan, causal_conv, selective_scan
@@ -149,10 +148,7 @@ class HymbaMixer(nn.Module):
         if k is None or v is None:
             k = plan.rotate(own_k.unflatten(-1, (self.groups, self.head_dim)))
             v = own_v.unflatten(-1, (self.groups, self.v_head_dim))
-        if isinstance(plan.attention, TreeAttention):
-            a_LI = plan.attention.attend(q, k, v, is_global=self.is_global)
-        else:
-            a_LI = plan.attention.attend(q, k, v, cast(KeyValues, stored))
+        a_LI = plan.attention.attend(q, k, v, is_global=self.is_global, stored=stored)
         y_LI, conv_tail, ssm_state = self._scan(u_LI, z_LI, plan, past)
         fused_LI = (self.pre_avg_layernorm1(a_LI) + self.pre_avg_layernorm2(y_LI)) / 2
         return LayerOutput(self.out_proj(fused_LI), k, v, conv_tail, ssm_state)

@@ -48,6 +48,7 @@ def lay_out(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     segments: SegmentTree | None = None,
     shared_prefix_lengths: Tensor | None = None,
 ) -> Layout:
@@ -60,6 +61,7 @@ def lay_out(
         attention_mask: (B, T), 0 marks padding on any side.
         position_ids: (B, T) or (1, T), restarting at 0 with each document.
         cu_seq_lens: (S + 1,) cumulative document lengths of a single row.
+        seq_idx: (B, T) or (1, T), the number of the document that each token belongs to.
         segments: an explicit tree over a single row.
         shared_prefix_lengths: (B / 2,) leading real tokens that rows i and i + B / 2 have in common.
 
@@ -67,18 +69,18 @@ def lay_out(
         ValueError: forms that contradict each other or the batch; the message names the value.
     """
     mask = _real_tokens(batch, columns, attention_mask)
+    lengths = _document_lengths(mask, position_ids, cu_seq_lens, seq_idx)
     if segments is not None:
-        return _explicit(batch, columns, segments, mask, shared_prefix_lengths)
+        if shared_prefix_lengths is not None:
+            raise ValueError("segments and shared_prefix_lengths exclude each other; the tree alone describes the row")
+        return _explicit(mask, segments, lengths)
     if shared_prefix_lengths is not None:
-        if cu_seq_lens is not None:
-            raise ValueError(
-                "shared_prefix_lengths and cu_seq_lens exclude each other; a preference batch is padded, not packed"
-            )
-        return _preference(mask, shared_prefix_lengths.detach().cpu(), input_ids)
-    return _documents(mask, position_ids, cu_seq_lens)
+        return _preference(mask, shared_prefix_lengths.detach().cpu(), input_ids, lengths)
+    return _documents(mask, _one_per_row(mask) if lengths is None else lengths)
 
 
 def _real_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> Tensor:
+    """(B, T) True at real tokens, on the CPU."""
     if attention_mask is None:
         return torch.ones(batch, columns, dtype=torch.bool)
     if tuple(attention_mask.shape) != (batch, columns):
@@ -92,37 +94,75 @@ def _real_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> Ten
     return mask
 
 
-def _explicit(batch: int, columns: int, segments: SegmentTree, mask: Tensor, shared: Tensor | None) -> Layout:
+def _one_per_row(mask_BT: Tensor) -> Tensor:
+    return SegmentTree.from_attention_mask(mask_BT).lengths
+
+
+def _document_lengths(
+    mask_BT: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """(S,) lengths of the documents, in the batch's order; None where nothing describes them."""
+    batch, columns = mask_BT.shape
+    found: dict[str, Tensor] = {}
+    rows = torch.arange(batch)[:, None].expand(batch, columns)[mask_BT]
+    if position_ids is not None:
+        positions = position_ids.detach().cpu().expand(batch, columns)
+        _check_first_positions(mask_BT, positions)
+        found["position_ids"] = document_lengths(positions[mask_BT], rows)
+    if cu_seq_lens is not None:
+        packed = SegmentTree.from_cu_seq_lens(cu_seq_lens)
+        if batch != 1 or packed.num_tokens != columns or not mask_BT.all():
+            raise ValueError(
+                f"cu_seq_lens ends at {packed.num_tokens} but the input is {(batch, columns)}; "
+                "it describes a single row, whole and without padding"
+            )
+        found["cu_seq_lens"] = packed.lengths
+    if seq_idx is not None:
+        documents = seq_idx.detach().cpu().expand(batch, columns)[mask_BT]
+        _, found["seq_idx"] = torch.unique_consecutive(torch.stack([rows, documents]), dim=1, return_counts=True)
+    names = list(found)
+    for name in names[1:]:
+        if not torch.equal(found[names[0]], found[name]):
+            raise ValueError(
+                f"{names[0]} gives documents of {found[names[0]].tolist()} tokens, {name} of {found[name].tolist()}; they must agree"
+            )
+    return found[names[0]] if names else None
+
+
+def _check_first_positions(mask_BT: Tensor, positions_BT: Tensor) -> None:
+    """A row starts at position 0, or at its column where the caller simply numbered the columns."""
+    first = mask_BT.int().argmax(dim=1)
+    start = positions_BT.gather(1, first[:, None])[:, 0]
+    bad = (mask_BT.any(dim=1) & (start != 0) & (start != first)).nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        raise ValueError(
+            f"position_ids of row {row} start at {int(start[row])}; they must start at 0, because a row without a cache "
+            "starts right after the meta tokens"
+        )
+
+
+def _explicit(mask_BT: Tensor, segments: SegmentTree, lengths: Tensor | None) -> Layout:
+    batch, columns = mask_BT.shape
     if batch != 1:
         raise ValueError(f"segments describe a single row, but the batch has {batch}; put all segments in one row")
-    if shared is not None or not mask.all():
-        raise ValueError("segments exclude shared_prefix_lengths and padding; the tree alone describes the row")
+    if not mask_BT.all():
+        raise ValueError("segments exclude padding; the tree alone describes the row")
     if segments.num_tokens != columns:
         raise ValueError(f"segments hold {segments.num_tokens} tokens but the row has {columns}")
+    if lengths is not None and len(lengths) > 1:
+        raise ValueError(
+            "segments exclude position_ids, cu_seq_lens and seq_idx that divide the row; the tree alone describes it"
+        )
     return Layout(segments, None, None, torch.zeros(segments.num_segments, dtype=torch.int64))
 
 
-def _documents(mask: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Layout:
-    batch, columns = mask.shape
-    take = mask.flatten().nonzero().flatten()
-    rows = take // columns
-    if position_ids is None:
-        lengths = SegmentTree.from_attention_mask(mask).lengths
-    else:
-        lengths = document_lengths(position_ids.detach().cpu().expand(batch, columns).flatten()[take], rows)
-    if cu_seq_lens is not None:
-        packed = SegmentTree.from_cu_seq_lens(cu_seq_lens)
-        if batch != 1 or packed.num_tokens != columns:
-            raise ValueError(
-                f"cu_seq_lens ends at {packed.num_tokens} but the input is {(batch, columns)}; it describes a single row, whole"
-            )
-        if position_ids is not None and not torch.equal(packed.lengths, lengths):
-            raise ValueError(
-                f"cu_seq_lens gives documents of {packed.lengths.tolist()} tokens, position_ids of {lengths.tolist()}; they must agree"
-            )
-        lengths = packed.lengths
-    tree = SegmentTree.from_lengths(lengths)
-    rows_S = rows[tree.offsets]
+def _documents(mask_BT: Tensor, lengths_S: Tensor) -> Layout:
+    """Independent documents of the given lengths over the batch's real tokens."""
+    batch, columns = mask_BT.shape
+    take = mask_BT.flatten().nonzero().flatten()
+    tree = SegmentTree.from_lengths(lengths_S)
+    rows_S = (take // columns)[tree.offsets]
     if len(take) == batch * columns:
         return Layout(tree, None, None, rows_S)
     give = torch.full((batch * columns,), len(take))
@@ -130,46 +170,62 @@ def _documents(mask: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | 
     return Layout(tree, take, give.view(batch, columns), rows_S)
 
 
-def _preference(mask: Tensor, shared: Tensor, input_ids: Tensor | None) -> Layout:
-    batch, columns = mask.shape
+class _RowBuilder:
+    """Collects the segments of a packed row, one after another."""
+
+    def __init__(self, batch: int, columns: int) -> None:
+        self.columns = columns
+        self.take: list[Tensor] = []
+        self.give_BT = torch.full((batch, columns), ROOT)
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.rows: list[int] = []
+
+    def add(self, row: int, tokens: Tensor, parent: int) -> int:
+        """The new segment of these columns of a batch row; without columns, its parent."""
+        if len(tokens) == 0:
+            return parent
+        start = sum(self.lengths)
+        self.take.append(row * self.columns + tokens)
+        self.give_BT[row, tokens] = torch.arange(start, start + len(tokens))
+        self.lengths.append(len(tokens))
+        self.parents.append(parent)
+        self.rows.append(row)
+        return len(self.lengths) - 1
+
+    def layout(self) -> Layout:
+        """What was collected; batch positions that nobody gave a token are padding."""
+        self.give_BT[self.give_BT == ROOT] = sum(self.lengths)
+        tree = SegmentTree(torch.tensor(self.lengths), torch.tensor(self.parents))
+        return Layout(tree, torch.cat(self.take), self.give_BT, torch.tensor(self.rows))
+
+
+def _preference(mask_BT: Tensor, shared: Tensor, input_ids: Tensor | None, lengths: Tensor | None) -> Layout:
+    batch, columns = mask_BT.shape
     if batch % 2 or shared.shape != (batch // 2,):
         raise ValueError(
             f"shared_prefix_lengths has shape {tuple(shared.shape)} for a batch of {batch}; "
             "a preference batch is [chosen; rejected] with one length per pair"
         )
-    take: list[Tensor] = []
-    lengths, parents, rows = [], [], []
-    give = torch.full((batch, columns), ROOT)
-    total = 0
-
-    def add_segment(row: int, tokens: Tensor, parent: int) -> int:
-        nonlocal total
-        if len(tokens) == 0:
-            return parent
-        take.append(row * columns + tokens)
-        give[row, tokens] = torch.arange(total, total + len(tokens))
-        total += len(tokens)
-        lengths.append(len(tokens))
-        parents.append(parent)
-        rows.append(row)
-        return len(lengths) - 1
-
+    if lengths is not None and not torch.equal(lengths, _one_per_row(mask_BT)):
+        raise ValueError(
+            "shared_prefix_lengths excludes several documents per row; a preference batch is padded, not packed"
+        )
+    row = _RowBuilder(batch, columns)
+    ids = None if input_ids is None else input_ids.detach().cpu()
     for pair, prefix in enumerate(shared.tolist()):
-        chosen, rejected = (mask[row].nonzero().flatten() for row in (pair, pair + batch // 2))
+        other = pair + batch // 2
+        chosen, rejected = mask_BT[pair].nonzero().flatten(), mask_BT[other].nonzero().flatten()
         if not 0 <= prefix <= min(len(chosen), len(rejected)):
             raise ValueError(
                 f"shared_prefix_lengths[{pair}] is {prefix}, but its rows have {len(chosen)} and {len(rejected)} real tokens"
             )
-        if input_ids is not None:
-            ids = input_ids.detach().cpu()
-            if not torch.equal(ids[pair, chosen[:prefix]], ids[pair + batch // 2, rejected[:prefix]]):
-                raise ValueError(
-                    f"shared_prefix_lengths[{pair}] is {prefix}, but the first {prefix} tokens of its two rows differ"
-                )
-        prompt = add_segment(pair, chosen[:prefix], ROOT)
-        add_segment(pair, chosen[prefix:], prompt)
-        add_segment(pair + batch // 2, rejected[prefix:], prompt)
-        give[pair + batch // 2, rejected[:prefix]] = give[pair, chosen[:prefix]]
-    give[give == ROOT] = total
-    tree = SegmentTree(torch.tensor(lengths), torch.tensor(parents))
-    return Layout(tree, torch.cat(take), give, torch.tensor(rows))
+        if ids is not None and not torch.equal(ids[pair, chosen[:prefix]], ids[other, rejected[:prefix]]):
+            raise ValueError(
+                f"shared_prefix_lengths[{pair}] is {prefix}, but the first {prefix} tokens of its two rows differ"
+            )
+        prompt = row.add(pair, chosen[:prefix], ROOT)
+        row.add(pair, chosen[prefix:], prompt)
+        row.add(other, rejected[prefix:], prompt)
+        row.give_BT[other, rejected[:prefix]] = row.give_BT[pair, chosen[:prefix]]
+    return row.layout()

@@ -91,6 +91,8 @@ class HymbaModel(HymbaPreTrainedModel):
         segments: SegmentTree | None = None,
         shared_prefix_lengths: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -107,10 +109,11 @@ class HymbaModel(HymbaPreTrainedModel):
             use_cache: return a cache. By default as the configuration says, but not in training and not for packed rows.
             segments: tree over a single row (B = 1).
             shared_prefix_lengths: (B / 2,) leading real tokens that rows i and i + B / 2 share; computed once.
-            cu_seq_lens_q: (S + 1,) cumulative document lengths of a single row.
+            cu_seq_lens_q: (S + 1,) cumulative document lengths of a single row; `cu_seq_lens_k` is the same.
+            seq_idx: (B, T) number of each token's document. Of these descriptions of documents one is enough.
             output_hidden_states: also return the input of every layer and the final norm's output.
             output_attentions: not available; attention weights are never formed for a whole row.
-            kwargs: what collators and `generate` send along and nothing here needs (`seq_idx`, `max_length_q`, ...).
+            kwargs: what collators and `generate` send along and nothing here needs (`max_length_q`, `cache_position`, ...).
 
         Raises:
             ValueError: inputs that contradict each other; the message names the value.
@@ -126,30 +129,32 @@ class HymbaModel(HymbaPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only"
             )
         continues = past_key_values is not None and past_key_values.is_initialized
-        if continues and attention_mask is not None:
-            attention_mask = attention_mask[:, -columns:]
         layout = lay_out(
             batch,
             columns,
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=_last_columns(attention_mask, columns) if continues else attention_mask,
             position_ids=None if continues else position_ids,  # with a cache, positions follow from it
-            cu_seq_lens=cu_seq_lens_q,
+            cu_seq_lens=_same(cu_seq_lens_q, cu_seq_lens_k),
+            seq_idx=seq_idx,
             segments=segments,
             shared_prefix_lengths=shared_prefix_lengths,
         )
-        cache = self._choose_cache(past_key_values, use_cache, layout, batch)
+        obstacle = _obstacle_to_caching(layout, batch, past_key_values, shared_prefix_lengths)
+        cache = self._choose_cache(past_key_values, use_cache, obstacle)
 
         x_LD = layout.pack(embeds_BTD)
         plan = ForwardPlan.build(self.config, layout.tree, layout.rows_S, cache, x_LD.dtype, x_LD.device)
         if plan.meta_tokens:
             x_LD = torch.cat([self.memory_tokens.to(x_LD.dtype), x_LD])
-        x_LD, inputs, updates = self._run_layers(x_LD, plan, cache)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        inputs: list[Tensor] | None = [] if wants_states else None
+        x_LD, updates = self._run_layers(x_LD, plan, cache, inputs)
         x_LD = self.final_layernorm(x_LD)
         if cache is not None:
             cache.commit(updates, layout.rows_S, layout.tree.lengths, columns, batch)
         states = None
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+        if inputs is not None:
             states = tuple(layout.unpack(state[plan.meta_tokens :], batch) for state in (*inputs, x_LD))
         return BaseModelOutputWithPast(
             last_hidden_state=layout.unpack(x_LD[plan.meta_tokens :], batch),
@@ -157,54 +162,65 @@ class HymbaModel(HymbaPreTrainedModel):
             hidden_states=states,
         )
 
-    def _choose_cache(
-        self, past: HymbaCache | None, use_cache: bool | None, layout: Layout, batch: int
-    ) -> HymbaCache | None:
+    def _choose_cache(self, past: HymbaCache | None, use_cache: bool | None, obstacle: str | None) -> HymbaCache | None:
         """The caller's cache, or a new one if asked for; by default as the configuration says, where the rows allow it."""
-        if past is not None and past.is_initialized:
-            if len(past.lengths) != batch:
-                raise ValueError(f"the cache holds {len(past.lengths)} sequences but the batch has {batch} rows")
-            if len(set(layout.rows_S.tolist())) < len(layout.rows_S):
-                raise ValueError(_obstacle_to_caching(layout, batch))
-            return past
-        obstacle = _obstacle_to_caching(layout, batch)
-        if obstacle and (past is not None or use_cache):
+        if past is None:
+            wanted = self.config.use_cache and not self.training and not obstacle if use_cache is None else use_cache
+            if not wanted:
+                return None
+        if obstacle:
             raise ValueError(obstacle)
-        if past is not None:
-            return past
-        wanted = self.config.use_cache and not self.training and not obstacle if use_cache is None else use_cache
-        return HymbaCache(self.config) if wanted else None
+        return HymbaCache(self.config) if past is None else past
 
     def _run_layers(
-        self, x_LD: Tensor, plan: ForwardPlan, cache: HymbaCache | None
-    ) -> tuple[Tensor, list[Tensor], list[LayerUpdate]]:
-        """Output of the last layer, the input of every layer, and what the cache takes in."""
-        inputs: list[Tensor] = []
+        self, x_LD: Tensor, plan: ForwardPlan, cache: HymbaCache | None, inputs: list[Tensor] | None
+    ) -> tuple[Tensor, list[LayerUpdate]]:
+        """Output of the last layer and what the cache takes in; the input of every layer goes to `inputs`, if wanted."""
         updates: list[LayerUpdate] = []
         shared: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer_index, layer in enumerate(self.layers):
-            inputs.append(x_LD)
-            source = self.config.kv_source(layer_index)
+        for index, layer in enumerate(self.layers):
+            if inputs is not None:
+                inputs.append(x_LD)
+            source = self.config.kv_source(index)
             k, v = shared.get(source, (None, None))
             past = stored = None
             if cache is not None and cache.is_initialized:
-                past, stored = cache.states[layer_index], cache.states[source].key_values
+                past, stored = cache.states[index], cache.states[source].key_values
             x_LD, k, v, conv_tail, ssm_state = layer(x_LD, k, v, plan, past, stored)
             shared[source] = (k, v)
             if cache is not None:
                 updates.append(LayerUpdate(k, v, conv_tail, ssm_state))
-        return x_LD, inputs, updates
+        return x_LD, updates
 
 
-def _obstacle_to_caching(layout: Layout, batch: int) -> str | None:
+def _obstacle_to_caching(
+    layout: Layout, batch: int, past: HymbaCache | None, shared_prefix_lengths: Tensor | None
+) -> str | None:
     """Why the rows of a batch cannot start or continue a cache, if they cannot."""
-    if (layout.tree.parents != ROOT).any() or len(set(layout.rows_S.tolist())) < len(layout.rows_S):
+    several_per_row = len(set(layout.rows_S.tolist())) < len(layout.rows_S)
+    if several_per_row or shared_prefix_lengths is not None or (layout.tree.parents != ROOT).any():
         return (
             "a cache holds one sequence per row; pass use_cache=False with packed documents, trees or shared prefixes"
         )
-    if missing := set(range(batch)) - set(layout.rows_S.tolist()):
+    if past is not None and past.is_initialized:
+        if len(past.lengths) != batch:
+            return f"the cache holds {len(past.lengths)} sequences but the batch has {batch} rows"
+    elif missing := set(range(batch)) - set(layout.rows_S.tolist()):
         return f"attention_mask has no real token in row {min(missing)}; every sequence needs one to start a cache"
     return None
+
+
+def _last_columns(attention_mask: Tensor | None, columns: int) -> Tensor | None:
+    """The part of a mask over past and new tokens that belongs to the new ones."""
+    return None if attention_mask is None else attention_mask[:, -columns:]
+
+
+def _same(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor | None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        return cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; in a causal model each document attends to itself")
+    return cu_seq_lens_q
 
 
 class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
@@ -237,8 +253,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         """Logits (B, T, V), and with `labels` the mean next-token loss.
 
         Args:
-            labels: (B, T) token ids; -100 is not scored, nor is padding or the first token of a document. In a tree a
-                segment's first token is predicted by its parent's last one.
+            labels: (B, T) token ids; -100 is not scored, nor is padding or the first token of a document (or of what
+                continues a cache). In a tree a segment's first token is predicted by its parent's last one.
             logits_to_keep: last columns to compute logits for (0: all), or a tensor of column indices; not with labels.
             kwargs: the remaining inputs of `HymbaModel.forward`; `num_items_in_batch` divides the summed loss instead
                 of the number of scored tokens.
@@ -264,9 +280,15 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         if labels is not None:
             if not isinstance(keep, int):
                 raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
-            predicting, targets = _next_token_pairs(
-                labels, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), segments
+            documents = lay_out(
+                *labels.shape,
+                attention_mask=_last_columns(attention_mask, labels.shape[1]),
+                position_ids=position_ids,
+                cu_seq_lens=_same(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")),
+                seq_idx=kwargs.get("seq_idx"),
+                segments=segments,
             )
+            predicting, targets = _next_token_pairs(documents, labels)
             loss = self.loss_function(
                 logits.flatten(0, 1)[predicting.to(logits.device)],
                 labels=None,
@@ -290,23 +312,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HymbaCache(self.config)
 
 
-def _next_token_pairs(
-    labels: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    segments: SegmentTree | None,
-) -> tuple[Tensor, Tensor]:
+def _next_token_pairs(layout: Layout, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions in the flattened batch that predict, and what: (n,) and (n,), document starts and padding left out."""
-    batch, columns = labels.shape
-    layout = lay_out(
-        batch,
-        columns,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cu_seq_lens=cu_seq_lens,
-        segments=segments,
-    )
     before = layout.tree.predecessors()
     predicted = (before != ROOT).nonzero().flatten()
     predicting = before[predicted]

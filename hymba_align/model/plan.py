@@ -24,36 +24,62 @@ from hymba_align.model.segments import ROOT, SegmentTree
 class CachedAttention:
     """Attention of new tokens over a filled cache."""
 
-    lengths_B: Tensor
-    """Text tokens already cached per sequence."""
     slots_L: Tensor
     """Where each new token lies in the flattened (B, Q)."""
-    new_BQ: Tensor
-    """True where a sequence has a new token."""
+    shape: tuple[int, int]
+    """B, Q"""
+    masks: dict[bool, tuple[Tensor, Tensor]]
+    """By whether a layer is global: which new tokens (B, Q, Q) and which cached ones (B, Q, K) a new token sees."""
 
-    def attend(self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, stored: KeyValues) -> Tensor:
+    @classmethod
+    def build(
+        cls, tree: SegmentTree, rows_S: Tensor, index_L: Tensor, cache: HymbaCache, device: torch.device
+    ) -> CachedAttention:
+        """Plans the attention of one segment of new tokens per sequence.
+
+        Args:
+            tree: the new tokens of each sequence that has any.
+            rows_S: the sequence of each segment.
+            index_L: place of each token in its segment.
+            cache: what came before.
+        """
+        shape = (len(cache.lengths), int(tree.lengths.max()))
+        lengths_B = cache.lengths.to(device)
+        masks = {
+            stored.window is None: _cached_masks(stored, lengths_B, shape[1])
+            for stored in (state.key_values for state in cache.states)
+            if stored is not None
+        }
+        return cls((rows_S.repeat_interleave(tree.lengths) * shape[1] + index_L).to(device), shape, masks)
+
+    def attend(
+        self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
+    ) -> Tensor:
         """Attention output (L, H * e)."""
-        batch, queries = self.new_BQ.shape
+        assert stored is not None, "a filled cache has keys for every layer"
         q, k, v = (self._pad(x) for x in (q_LHd, k_LGd, v_LGe))
-        index = torch.arange(queries, device=q.device)
-        own_distance = index[:, None] - index
-        positions = self.lengths_B[:, None] + index  # B Q
-        key_positions = stored.slot_positions(self.lengths_B)[:, None]  # B 1 K
-        cached_mask = (key_positions >= 0).expand(batch, queries, -1)
-        own_mask = (own_distance >= 0).expand(batch, queries, queries)
-        if stored.window is not None:
-            cached_mask = cached_mask & (positions[..., None] - key_positions <= stored.window)
-            own_mask = own_mask & (own_distance <= stored.window)
-        out = attend_cached(q, (k, v), stored.meta, (stored.keys, stored.values), own_mask, cached_mask)
+        out = attend_cached(q, (k, v), stored.meta, (stored.keys, stored.values), *self.masks[is_global])
         return out.flatten(0, 1)[self.slots_L]
 
     def _pad(self, x_L: Tensor) -> Tensor:
         """(L, ...) -> (B, Q, ...)"""
-        if len(x_L) == self.new_BQ.numel():
-            return x_L.unflatten(0, tuple(self.new_BQ.shape))
-        padded = x_L.new_zeros(self.new_BQ.numel(), *x_L.shape[1:])
-        padded[self.slots_L] = x_L
-        return padded.unflatten(0, tuple(self.new_BQ.shape))
+        if len(x_L) == self.shape[0] * self.shape[1]:
+            return x_L.unflatten(0, self.shape)
+        padded = x_L.new_zeros(self.shape[0] * self.shape[1], *x_L.shape[1:])
+        return padded.index_copy(0, self.slots_L, x_L).unflatten(0, self.shape)
+
+
+def _cached_masks(stored: KeyValues, lengths_B: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    batch = len(lengths_B)
+    index = torch.arange(queries, device=lengths_B.device)
+    distance = index[:, None] - index
+    key_positions = stored.slot_positions(lengths_B)[:, None]  # B 1 K
+    own = distance >= 0
+    cached = (key_positions >= 0).expand(batch, queries, -1)
+    if stored.window is not None:
+        own = own & (distance <= stored.window)
+        cached = cached & ((lengths_B[:, None] + index)[..., None] - key_positions <= stored.window)
+    return own.expand(batch, queries, queries), cached
 
 
 @dataclass(frozen=True)
@@ -95,7 +121,7 @@ class ForwardPlan:
             meta = 0
             initial = rows_S.tolist()
             before = cache.lengths[rows_S]
-            attention = _cached_attention(tree, rows_S, index, cache, device)
+            attention = CachedAttention.build(tree, rows_S, index, cache, device)
         else:
             meta = config.num_memory_tokens
             lengths, parents = [meta, *lengths], [ROOT, *(parent + 1 for parent in parents)]
@@ -134,13 +160,3 @@ def rotary_angles(config: HymbaConfig, positions_L: Tensor) -> tuple[Tensor, Ten
     angles = positions_L.float()[:, None] / base**exponent
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
-
-
-def _cached_attention(
-    tree: SegmentTree, rows_S: Tensor, index_L: Tensor, cache: HymbaCache, device: torch.device
-) -> CachedAttention:
-    queries = int(tree.lengths.max())
-    new = torch.zeros(len(cache.lengths), queries, dtype=torch.bool)
-    slots = rows_S.repeat_interleave(tree.lengths) * queries + index_L
-    new.view(-1)[slots] = True
-    return CachedAttention(cache.lengths.to(device), slots.to(device), new.to(device))

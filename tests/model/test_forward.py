@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def test_every_description_of_the_same_documents_gives_the_same_logits(small_mod
         for described in (
             {"position_ids": positions},
             {"cu_seq_lens_q": cumulative},
+            {"cu_seq_lens_k": cumulative},
+            {"seq_idx": torch.repeat_interleave(torch.tensor([4, 2, 4]), torch.tensor([7, 1, 12]))[None]},
             {
                 "position_ids": positions,
                 "cu_seq_lens_q": cumulative,
@@ -97,13 +100,13 @@ def test_a_shared_preference_prefix_changes_nothing_but_the_work(
         ({"input_ids": tokens(1, 4), "cu_seq_lens_q": torch.tensor([0, 3])}, r"cu_seq_lens ends at 3 but the input is \(1, 4\)"),
         (
             {"input_ids": tokens(1, 4), "cu_seq_lens_q": torch.tensor([0, 1, 4]), "position_ids": torch.tensor([[0, 1, 0, 1]])},
-            r"cu_seq_lens gives documents of \[1, 3\] tokens, position_ids of \[2, 2\]",
+            r"position_ids gives documents of \[2, 2\] tokens, cu_seq_lens of \[1, 3\]",
         ),
         ({"input_ids": tokens(2, 4), "segments": SegmentTree.from_lengths([4])}, "segments describe a single row, but the batch has 2"),
         ({"input_ids": tokens(1, 4), "segments": SegmentTree.from_lengths([3])}, "segments hold 3 tokens but the row has 4"),
         (
             {"input_ids": tokens(1, 2), "segments": SegmentTree.from_lengths([2]), "attention_mask": torch.tensor([[0, 1]])},
-            "segments exclude shared_prefix_lengths and padding",
+            "segments exclude padding",
         ),
         ({"input_ids": tokens(3, 4), "shared_prefix_lengths": torch.tensor([1])}, r"shared_prefix_lengths has shape \(1,\) for a batch of 3"),
         ({"input_ids": tokens(1, 4).repeat(2, 1), "shared_prefix_lengths": torch.tensor([5])}, r"shared_prefix_lengths\[0\] is 5, but its rows have 4 and 4"),
@@ -113,6 +116,23 @@ def test_a_shared_preference_prefix_changes_nothing_but_the_work(
         (
             {"input_ids": tokens(2, 2), "attention_mask": torch.tensor([[1, 1], [0, 0]]), "use_cache": True},
             "no real token in row 1; every sequence needs one",
+        ),
+        (
+            {"input_ids": tokens(1, 2), "segments": SegmentTree.from_lengths([2]), "shared_prefix_lengths": torch.tensor([])},
+            "segments and shared_prefix_lengths exclude each other",
+        ),
+        (
+            {"input_ids": tokens(1, 4), "segments": SegmentTree.from_lengths([4]), "cu_seq_lens_q": torch.tensor([0, 2, 4])},
+            "segments exclude position_ids, cu_seq_lens and seq_idx that divide the row",
+        ),
+        (
+            {"input_ids": tokens(1, 4).repeat(2, 1), "shared_prefix_lengths": torch.tensor([2]), "position_ids": torch.tensor([[0, 1, 0, 1]])},
+            "shared_prefix_lengths excludes several documents per row",
+        ),
+        ({"input_ids": tokens(1, 4), "position_ids": torch.arange(100, 104)[None]}, "position_ids of row 0 start at 100; they must start at 0"),
+        (
+            {"input_ids": tokens(1, 4), "cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])},
+            "cu_seq_lens_q and cu_seq_lens_k differ",
         ),
         ({"input_ids": tokens(1, 4), "past_key_values": ()}, "past_key_values is a tuple; Hymba continues a HymbaCache only"),
     ],
@@ -201,6 +221,16 @@ def test_bfloat16_stays_close_to_float32(small_model: HymbaForCausalLM, form: st
     error = (output.logits.float() - exact).abs()
     assert error.mean() < 0.03 * exact.std()  # observed 0.012
     assert error.max() < 0.2 * exact.std()  # observed 0.07
+
+
+def test_layer_inputs_are_let_go_unless_they_are_asked_for(small_model: HymbaForCausalLM) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    for layer in small_model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
+    with torch.no_grad():
+        output = small_model(tokens(1, 8), use_cache=False)
+    assert output.hidden_states is None
+    assert [reference() for reference in alive] == [None] * 5
 
 
 LINEAR = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"]

@@ -116,3 +116,16 @@ def test_a_plan_with_initial_states_needs_them() -> None:
     plan = ScanPlan.build([2], [-1], [0], CPU)
     with pytest.raises(ValueError, match="refers to initial states, but none were given"):
         selective_scan(u, u, torch.zeros(3, 4), B, B, plan)
+
+
+def test_a_backward_pass_inside_autocast_stays_in_float32() -> None:
+    inputs = [x.float().detach().requires_grad_() for x in random_inputs(0, (40, 6), (40, 6), (6, 4), (40, 4), (40, 4))]
+    plan = ScanPlan.build([40], [-1], [-1], CPU)
+    gradients = []
+    for enabled in (False, True):
+        u, dt, A, B, C = inputs
+        y, final = selective_scan(u, dt.abs(), -A.abs(), B, C, plan)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(y.sum() + final.sum(), inputs))
+    for plain, inside in zip(*gradients, strict=True):
+        assert torch.equal(plain, inside)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_STEPS = 16
-"""Steps per chunk: 16 and 32 measured alike on two cores and 8 slower; fewer steps pad short segments less."""
+"""Steps per chunk. Fewer pad short segments less; more mean fewer levels for long ones."""
 
 BLOCK_ELEMENTS = 2**20
 """State elements (tokens x channels x N) worked on at once, so that a block stays in the processor's cache."""
@@ -131,103 +131,124 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         u_KCI, dt_KCI, B_KCN, C_KCN = (plan.to_chunks(x) for x in (u, dt, B, C))
         steps, chunks, channels = u_KCI.shape
-        state = A.shape[1]
         y_KCI = torch.empty_like(u_KCI)
-        start_CIN = u.new_zeros(chunks, channels, state)  # the state that each chunk starts from
-        final_SIN = u.new_empty(len(plan.last_chunk_S), channels, state)
+        start_CIN = u.new_zeros(chunks, channels, A.shape[1])  # the state that each chunk starts from
+        final_SIN = u.new_empty(len(plan.last_chunk_S), channels, A.shape[1])
         _load_initial_states(start_CIN, initial, plan)
-
-        for block in _channel_blocks(steps * chunks, channels, state):
-            dt_block, A_block = dt_KCI[:, :, block], A[block]
-            decay = torch.exp(dt_block.unsqueeze(-1) * A_block)
-            h = (dt_block * u_KCI[:, :, block]).unsqueeze(-1) * B_KCN.unsqueeze(2)
-            for step in range(1, steps):
-                h[step].addcmul_(decay[step], h[step - 1])
-
-            total = torch.exp(dt_block.sum(0).unsqueeze(-1) * A_block)
+        for block in _channel_blocks(steps * chunks, channels, A.shape[1]):
+            decay, h = _run_from_zero(u_KCI[:, :, block], dt_KCI[:, :, block], A[block], B_KCN)
             start = start_CIN[:, block].contiguous()
-            end = h[-1].clone()
-            end[: plan.levels[0][1]].addcmul_(total[: plan.levels[0][1]], start[: plan.levels[0][1]])
-            for first, last in plan.levels[1:]:
-                start[first:last] = end[plan.parents_C[first:last]]
-                end[first:last].addcmul_(total[first:last], start[first:last])
+            end = _hand_down(start, h[-1], _total_decay(dt_KCI[:, :, block], A[block]), plan)
             start_CIN[:, block] = start
-
+            final_SIN[:, block] = end[plan.last_chunk_S]
             for step in range(steps):
                 start = decay[step] * start
                 h[step] += start
             y_KCI[:, :, block] = h.mul_(C_KCN.unsqueeze(2)).sum(-1)
-            final_SIN[:, block] = end[plan.last_chunk_S]
-
         ctx.save_for_backward(u, dt, A, B, C, start_CIN)
-        ctx.plan, ctx.has_initial = plan, initial is not None
+        ctx.plan = plan
         ctx.initial_shape = None if initial is None else initial.shape
         return plan.from_chunks(y_KCI), final_SIN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, start_CIN = ctx.saved_tensors
-        plan: ScanPlan = ctx.plan
-        u_KCI, dt_KCI, B_KCN, C_KCN, dy_KCI = (plan.to_chunks(x) for x in (u, dt, B, C, dy))
-        steps, chunks, channels = u_KCI.shape
-        state = A.shape[1]
-        du_KCI, ddt_KCI = torch.empty_like(u_KCI), torch.empty_like(u_KCI)
-        dA, dB_KCN, dC_KCN = torch.empty_like(A), torch.zeros_like(B_KCN), torch.zeros_like(C_KCN)
-        dstart_CIN = u.new_empty(chunks, channels, state)
+        # Autocast, if the caller's backward pass runs inside it, would take the sums below to bfloat16.
+        with torch.autocast(dy.device.type, enabled=False):
+            u, dt, A, B, C, start_CIN = ctx.saved_tensors
+            plan: ScanPlan = ctx.plan
+            u_KCI, dt_KCI, B_KCN, C_KCN, dy_KCI = (plan.to_chunks(x) for x in (u, dt, B, C, dy))
+            steps, chunks, channels = u_KCI.shape
+            du_KCI, ddt_KCI = torch.empty_like(u_KCI), torch.empty_like(u_KCI)
+            dA, dB_KCN, dC_KCN = torch.empty_like(A), torch.zeros_like(B_KCN), torch.zeros_like(C_KCN)
+            dstart_CIN = torch.empty_like(start_CIN)
+            for block in _channel_blocks(steps * chunks, channels, A.shape[1]):
+                u_block, dt_block, A_block = u_KCI[:, :, block], dt_KCI[:, :, block], A[block]
+                dy_block, start = dy_KCI[:, :, block], start_CIN[:, block].contiguous()
+                # States again, from the saved starts: cheaper than keeping T x I x N of them.
+                decay, h = _run_from_zero(u_block, dt_block, A_block, B_KCN, start)
+                g, dstart_CIN[:, block] = _state_gradients(
+                    dy_block, C_KCN, decay, _total_decay(dt_block, A_block), dfinal[:, block], plan
+                )
+                x = dt_block * u_block
+                dC_KCN += torch.matmul(dy_block.unsqueeze(2), h).squeeze(2)
+                dB_KCN += torch.matmul(x.unsqueeze(2), g).squeeze(2)
+                dx = (g * B_KCN.unsqueeze(2)).sum(-1)
+                du_KCI[:, :, block] = dt_block * dx
+                decay[0] *= start
+                decay[1:] *= h[:-1]
+                g *= decay  # gradient of dt A, the exponent
+                dA[block] = (g * dt_block.unsqueeze(-1)).sum((0, 1))
+                ddt_KCI[:, :, block] = torch.addcmul((g.mul_(A_block)).sum(-1), u_block, dx)
+            dinitial = _initial_gradients(dstart_CIN, ctx.initial_shape, plan)
+            gradients = (plan.from_chunks(x) for x in (du_KCI, ddt_KCI, dB_KCN, dC_KCN))
+            du, ddt, dB, dC = gradients
+            return du, ddt, dA, dB, dC, dinitial, None
 
-        for block in _channel_blocks(steps * chunks, channels, state):
-            dt_block, u_block, A_block, dy_block = (
-                dt_KCI[:, :, block],
-                u_KCI[:, :, block],
-                A[block],
-                dy_KCI[:, :, block],
-            )
-            x = dt_block * u_block
-            decay = torch.exp(dt_block.unsqueeze(-1) * A_block)
 
-            # States again, from the saved starts: cheaper than keeping T x I x N of them.
-            h = x.unsqueeze(-1) * B_KCN.unsqueeze(2)
-            start = start_CIN[:, block].contiguous()
-            h[0].addcmul_(decay[0], start)
-            for step in range(1, steps):
-                h[step].addcmul_(decay[step], h[step - 1])
+def _run_from_zero(
+    u_KCi: Tensor, dt_KCi: Tensor, A_iN: Tensor, B_KCN: Tensor, start_CiN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decays and states (K, C, i, N) of a block of channels, every chunk from `start_CiN`, or from zero."""
+    decay = torch.exp(dt_KCi.unsqueeze(-1) * A_iN)
+    h = (dt_KCi * u_KCi).unsqueeze(-1) * B_KCN.unsqueeze(2)
+    if start_CiN is not None:
+        h[0].addcmul_(decay[0], start_CiN)
+    for step in range(1, len(h)):
+        h[step].addcmul_(decay[step], h[step - 1])
+    return decay, h
 
-            # Gradient of each state: first what flows back inside its own chunk, then down the reversed chunk tree.
-            g = dy_block.unsqueeze(-1) * C_KCN.unsqueeze(2)
-            for step in range(steps - 2, -1, -1):
-                g[step].addcmul_(decay[step + 1], g[step + 1])
-            total = torch.exp(dt_block.sum(0).unsqueeze(-1) * A_block)
-            end = torch.zeros_like(start)
-            end.index_add_(0, plan.last_chunk_S, dfinal[:, block])
-            dstart = decay[0] * g[0]
-            for first, last in reversed(plan.levels):
-                dstart[first:last].addcmul_(total[first:last], end[first:last])
-                if first:
-                    end.index_add_(0, plan.parents_C[first:last], dstart[first:last])
-            dstart_CIN[:, block] = dstart
-            for step in range(steps - 1, -1, -1):
-                g[step] += end
-                end = decay[step] * end
 
-            dC_KCN += torch.matmul(dy_block.unsqueeze(2), h).squeeze(2)
-            dB_KCN += torch.matmul(x.unsqueeze(2), g).squeeze(2)
-            dx = (g * B_KCN.unsqueeze(2)).sum(-1)  # measured faster than the matrix product, as the next sums are
-            decay[0] *= start
-            decay[1:] *= h[:-1]
-            g *= decay  # gradient of dt A, the exponent
-            dA[block] = (g * dt_block.unsqueeze(-1)).sum((0, 1))
-            ddt_KCI[:, :, block] = torch.addcmul((g.mul_(A_block)).sum(-1), u_block, dx)
-            du_KCI[:, :, block] = dt_block * dx
+def _total_decay(dt_KCi: Tensor, A_iN: Tensor) -> Tensor:
+    """Decay (C, i, N) over a whole chunk."""
+    return torch.exp(dt_KCi.sum(0).unsqueeze(-1) * A_iN)
 
-        dinitial = None
-        if ctx.initial_shape is not None:
-            dinitial = u.new_zeros(ctx.initial_shape)
-            first, last = plan.levels[0]
-            given = plan.parents_C[first:last] >= 0
-            dinitial.index_add_(0, plan.parents_C[first:last][given], dstart_CIN[first:last][given])
-        back = plan.from_chunks
-        return back(du_KCI), back(ddt_KCI), dA, back(dB_KCN), back(dC_KCN), dinitial, None
+
+def _hand_down(start_CiN: Tensor, last_CiN: Tensor, total_CiN: Tensor, plan: ScanPlan) -> Tensor:
+    """Final state (C, i, N) of every chunk; fills `start_CiN`, which holds the first level's states, level by level.
+
+    Args:
+        last_CiN: last states of the chunks run from zero.
+        total_CiN: decay over each chunk.
+    """
+    end = last_CiN.clone()
+    for level, (first, last) in enumerate(plan.levels):
+        if level:
+            start_CiN[first:last] = end[plan.parents_C[first:last]]
+        end[first:last].addcmul_(total_CiN[first:last], start_CiN[first:last])
+    return end
+
+
+def _state_gradients(
+    dy_KCi: Tensor, C_KCN: Tensor, decay: Tensor, total_CiN: Tensor, dfinal_SiN: Tensor, plan: ScanPlan
+) -> tuple[Tensor, Tensor]:
+    """Gradients of all states (K, C, i, N) and of the chunks' starts (C, i, N): the walk of the forward pass, reversed.
+
+    First what flows back inside each chunk, then from chunk to parent chunk, level by level, then both added up.
+    """
+    g = dy_KCi.unsqueeze(-1) * C_KCN.unsqueeze(2)
+    for step in range(len(g) - 2, -1, -1):
+        g[step].addcmul_(decay[step + 1], g[step + 1])
+    end = torch.zeros_like(total_CiN)
+    end.index_add_(0, plan.last_chunk_S, dfinal_SiN)
+    dstart = decay[0] * g[0]
+    for level, (first, last) in reversed(list(enumerate(plan.levels))):
+        dstart[first:last].addcmul_(total_CiN[first:last], end[first:last])
+        if level:
+            end.index_add_(0, plan.parents_C[first:last], dstart[first:last])
+    for step in range(len(g) - 1, -1, -1):
+        g[step] += end
+        end = decay[step] * end
+    return g, dstart
+
+
+def _initial_gradients(dstart_CIN: Tensor, shape: torch.Size | None, plan: ScanPlan) -> Tensor | None:
+    """Gradient of the given initial states (R, I, N), if there were any."""
+    if shape is None:
+        return None
+    first, last = plan.levels[0]
+    given = plan.parents_C[first:last] >= 0
+    return dstart_CIN.new_zeros(shape).index_add_(0, plan.parents_C[first:last][given], dstart_CIN[first:last][given])
 
 
 def _load_initial_states(start_CIN: Tensor, initial: Tensor | None, plan: ScanPlan) -> None:
