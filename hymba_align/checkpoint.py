@@ -4,6 +4,7 @@
       recipe.yaml  environment.json
       base/        only where the base is random weights: base/final, so that it can be scored
       sft/  dpo/   checkpoint-N/ while training, final/, manifest.json, metrics.jsonl
+      <stage>.previous/  <stage>.interrupted/   what a stage had when its inputs changed, finished or not
       eval/        <stage>/<task>.json, <stage>.manifest.json
 
 A manifest records which inputs (a fingerprint) a stage was started with and, at its end, completed with. Every file
@@ -16,19 +17,16 @@ import difflib
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import hymba_align
+from hymba_align.environment import environment
 from hymba_align.errors import CheckpointError, RecipeError, RunFolderError
 from hymba_align.recipe import BaseSection, Recipe, is_local_path
 
@@ -37,7 +35,9 @@ if TYPE_CHECKING:
 
     from hymba_align.model import HymbaConfig, HymbaForCausalLM
 
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "lm-eval", "hymba-align")
+
+ASIDE = ("previous", "interrupted")  # what a stage had finished, what it had not, when its inputs changed
+MOVING = "moving"  # on its way back
 
 
 # --- The run folder ---------------------------------------------------------------------------------------------------
@@ -82,23 +82,55 @@ class RunFolder:
     def mark_started(self, stage: str, fingerprint: str) -> Path | None:
         """Makes the folder ready for these inputs.
 
-        Started with the same inputs before: it stays as it is, so that the stage can resume. Otherwise what other
-        inputs left is removed, except that a finished checkpoint moves aside to `<stage>.previous` (replacing an older one).
+        Started with the same inputs before: it stays as it is, or comes back (`restore`), so that the stage can resume.
+        Otherwise checkpoints of other inputs move aside, and what holds none is removed.
 
-        Returns: that folder where something moved, else None.
+        Returns: the folder that checkpoints moved to, if any did.
         """
-        if self.is_started(stage, fingerprint):
+        if self.is_started(stage, fingerprint) or self.restore(stage, fingerprint) is not None:
             return None
-        old, moved_to = self.root / stage, None
-        if (old / "final").is_dir() and "completed" in self.read_manifest(stage):
-            moved_to = old.with_name(f"{old.name}.previous")
-            shutil.rmtree(moved_to, ignore_errors=True)
-            old.rename(moved_to)
-        elif old.is_dir():
-            shutil.rmtree(old)
+        moved_to = self._set_aside(stage)
         self.stage_dir(stage)
         write_json(self.manifest_path(stage), {"stage": stage, "started": fingerprint})
         return moved_to
+
+    def find_aside(self, stage: str, fingerprint: str) -> Path | None:
+        """The folder beside the stage's that was started or finished with these inputs; None where none was."""
+        for suffix in (*ASIDE, MOVING):
+            folder = f"{stage}.{suffix}"
+            if not self.is_started(stage, fingerprint) and self.is_started(folder, fingerprint):
+                return self.root / folder
+        return None
+
+    def restore(self, stage: str, fingerprint: str) -> Path | None:
+        """Exchanges the stage's folder for the one beside it with these inputs; that one's old path, if there is one.
+
+        Through a third name, because both may want the same one; a move that was interrupted is finished first.
+        """
+        moving = self.root / f"{stage}.{MOVING}"
+        if moving.is_dir():
+            moving.rename(self._aside(stage, moving.name) if (self.root / stage).exists() else self.root / stage)
+        found = self.find_aside(stage, fingerprint)
+        if found is not None:
+            found.rename(moving)
+            self._set_aside(stage)
+            moving.rename(self.root / stage)
+        return found
+
+    def _set_aside(self, stage: str) -> Path | None:
+        """Moves a stage's checkpoints to where they are kept, over older ones of their kind; returns that folder."""
+        folder = self.root / stage
+        if not (folder / "final").is_dir() and not any(folder.glob("checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        aside = self._aside(stage, stage)
+        shutil.rmtree(aside, ignore_errors=True)
+        return folder.rename(aside)
+
+    def _aside(self, stage: str, folder: str) -> Path:
+        """Where the contents of `folder` are kept: unfinished ones never take the place of finished ones."""
+        finished = "completed" in self.read_manifest(folder) and (self.root / folder / "final").is_dir()
+        return self.root / f"{stage}.{ASIDE[0 if finished else 1]}"
 
     def mark_complete(
         self,
@@ -162,44 +194,6 @@ def check_run_folder(recipe: Recipe) -> None:
         raise RunFolderError(
             f"{root} belongs to the run '{name}', and this recipe's name is '{recipe.name}'; set output_dir to another folder"
         )
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on besides the recipe; no paths and no environment variables, so no secrets either."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpus": _lines_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-        "git_revision": _git_revision(),
-        "versions": {library: _version(library) for library in LIBRARIES},
-    }
-
-
-def _version(library: str) -> str | None:
-    if library == "hymba-align":
-        return hymba_align.__version__
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The commit of the source tree this package runs from; None for an installed package."""
-    source = Path(hymba_align.__file__).resolve().parent.parent
-    if not (source / ".git").exists():
-        return None
-    return next(iter(_lines_of("git", "-C", str(source), "rev-parse", "HEAD")), None)
-
-
-def _lines_of(*command: str) -> list[str]:
-    """The output lines of a command; none where it is absent or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 # --- Fingerprints and atomic writes -----------------------------------------------------------------------------------

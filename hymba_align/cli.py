@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("Interrupted; the same command continues.", err=True)
         return INTERRUPTED
     except HymbaAlignError as error:
-        click.echo(f"{_rank_prefix()}Error: {error}", err=True)
+        click.echo(f"{_rank_prefix()}Error: {' '.join(str(error).splitlines())}", err=True)
         return error.exit_code
     return code if isinstance(code, int) else 0
 
@@ -92,7 +92,7 @@ def sft(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example:
       hymba-align sft recipes/tiny/arithmetic.yaml sft.trainer.learning_rate=1e-4
     """
-    _train("sft", recipe, overrides, dry_run)
+    _run_training_stage("sft", recipe, overrides, dry_run)
 
 
 @cli.command(short_help="Direct preference optimisation alone.")
@@ -106,17 +106,17 @@ def dpo(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example:
       hymba-align dpo recipes/tiny/arithmetic.yaml dpo.trainer.beta=0.2
     """
-    _train("dpo", recipe, overrides, dry_run)
+    _run_training_stage("dpo", recipe, overrides, dry_run)
 
 
-def _train(stage: str, recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+def _run_training_stage(stage: str, recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from hymba_align.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     _quiet_libraries()
-    from hymba_align.pipeline import run_stage
+    from hymba_align.pipeline import run_training_stage
 
-    run_stage(loaded, "sft" if stage == "sft" else "dpo", dry_run=dry_run)
+    run_training_stage(loaded, "sft" if stage == "sft" else "dpo", dry_run=dry_run)
 
 
 @cli.command("eval", short_help="Scores of any Hymba checkpoint.")
@@ -183,6 +183,8 @@ def _quiet_libraries() -> None:
 
     Environment variables where they exist, because those reach launched processes too.
     """
+    # Before torch looks for GPUs: asked in its own way, the driver would read CUDA_VISIBLE_DEVICES now and never again.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
     import transformers
     from huggingface_hub.utils.tqdm import enable_progress_bars

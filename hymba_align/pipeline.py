@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,24 +22,53 @@ from typing import TYPE_CHECKING, Any
 import hymba_align
 from hymba_align.checkpoint import (
     RunFolder,
-    base_config,
-    check_is_hymba,
-    check_run_folder,
     fingerprint,
     open_run,
     path_digest,
-    read_json,
     run_root,
 )
-from hymba_align.errors import DataError, HymbaAlignError, RecipeError, RunFolderError, UsageError
-from hymba_align.recipe import Recipe, Stage, TrainingStage, is_local_path, resolved_eval
+from hymba_align.checks import check_inputs
+from hymba_align.errors import HymbaAlignError, RecipeError, RunFolderError, UsageError
+from hymba_align.launch import (
+    STARTED_BY_US,
+    free_gpu_memory,
+    inside_launcher,
+    launch,
+    launch_command,
+    needs_launch,
+    rank,
+    use_one_gpu,
+)
+from hymba_align.recipe import Recipe, Stage, TrainingStage, resolved_eval
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STARTED_BY_US = "HYMBA_ALIGN_LAUNCHED"
 WAIT_FOR_RANK_0_S = 300.0
-STOP_CHILDREN_S = 60.0
+
+# Trainer settings that no weight depends on, so that changing one does not train again.
+COSMETIC = frozenset(
+    {
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_steps",
+        "logging_strategy",
+        "project",
+        "report_to",
+        "run_name",
+        "save_only_model",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
     Raises:
         UsageError: the recipe or its files are at fault; whatever can be known before the first stage is raised there.
     """
-    if _inside_launcher():
+    if inside_launcher():
         raise UsageError(
             "'run' starts its processes itself (launch.num_processes); start it without torchrun or accelerate, "
             "or launch 'sft' and 'dpo' one by one"
@@ -86,7 +113,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
     console.print(f"Report: {report}")
 
 
-def run_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = False) -> None:
+def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = False) -> None:
     """Runs one training stage of a recipe, from the checkpoint of the stage before it.
 
     Raises:
@@ -130,18 +157,24 @@ def plan(recipe: Recipe) -> list[Step]:
         steps.append(_scoring_step(recipe, "base", start, previous))
     for stage in recipe.training_stages:
         data = recipe.data_for(stage)
-        inputs = {
-            "previous": previous,
-            "section": getattr(recipe, stage).model_dump(mode="json", exclude={"data"}),
-            "data": data.model_dump(mode="json"),
-            "files": path_digest(data.path),
-        }
-        previous = fingerprint(inputs)
+        previous = fingerprint({"previous": previous, **_stage_inputs(recipe, stage)})
         steps.append(Step(stage, stage, data.path, start, previous))
         start = str(root / stage / "final")
         if stage in recipe.scored_stages:
             steps.append(_scoring_step(recipe, stage, start, previous))
     return steps
+
+
+def _stage_inputs(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
+    """What a training stage's weights depend on, besides the checkpoint that it starts from."""
+    data, section = recipe.data_for(stage), getattr(recipe, stage)
+    return {
+        "section": section.model_dump(mode="json", exclude={"data": True, "trainer": COSMETIC}),
+        "data": data.model_dump(mode="json"),
+        "files": path_digest(data.path),
+        # The global batch, which is the one of all processes together.
+        "launch": [recipe.launch.num_processes, path_digest(recipe.launch.accelerate_config)],
+    }
 
 
 def _scoring_step(recipe: Recipe, stage: Stage, start: str | None, checkpoint: str) -> Step:
@@ -155,101 +188,52 @@ def _scoring_step(recipe: Recipe, stage: Stage, start: str | None, checkpoint: s
     return Step(f"eval/{stage}", stage, data, start, fingerprint(inputs))
 
 
-# --- Checks before the first stage ------------------------------------------------------------------------------------
-
-
-def check_inputs(recipe: Recipe, steps: Sequence[Step]) -> None:
-    """Raises the UsageError of whatever can be found out about the recipe's inputs without running a stage."""
-    from hymba_align.train.common import trainer_settings
-
-    check_run_folder(recipe)
-    for step in steps:
-        if step.stage != "base" and step.trains:
-            path = recipe.data_for(step.stage).path
-            shared = recipe.data is not None and recipe.data.path == path
-            _check_exists("data.path" if shared else f"{step.stage}.data.path", path)
-    if any(not step.trains for step in steps):
-        gsm8k = resolved_eval(recipe).gsm8k
-        _check_exists("eval.gsm8k.test_path", gsm8k.test_path)
-        _check_exists("eval.gsm8k.train_path", gsm8k.train_path)
-    context = _checked_context(recipe)
-    for stage in recipe.training_stages:
-        trainer_settings(recipe, stage)
-        max_length = getattr(recipe, stage).max_length
-        if context is not None and max_length > context:
-            raise RecipeError(f"{stage}.max_length is {max_length}, above the model's context of {context}; lower it")
-    if recipe.launch.accelerate_config is not None:
-        _check_accelerate_config(recipe.launch.accelerate_config)
-
-
-def _check_exists(key: str, path: str | None) -> None:
-    if path is not None and is_local_path(path) and not Path(path).exists():
-        raise DataError(f"{key} is {path}, which does not exist (paths are relative to {Path.cwd().name}/); correct it")
-
-
-def _checked_context(recipe: Recipe) -> int | None:
-    """The base model's context in text tokens, after checking what of the base is here; None where it is on the hub."""
-    from hymba_align.data.template import load_tokenizer
-
-    base = recipe.base
-    tokenizer = None
-    if base.tokenizer is not None and is_local_path(base.tokenizer):
-        tokenizer = load_tokenizer(base.tokenizer, chat_template=base.chat_template)
-    if base.model is not None:
-        if not is_local_path(base.model):
-            return None
-        check_is_hymba(base.model, base.revision)
-        context = read_json(Path(base.model) / "config.json").get("max_position_embeddings")
-        return context if isinstance(context, int) else None
-    if tokenizer is None:
-        return None
-    return int(base_config(base, tokenizer).max_position_embeddings)
-
-
-def _check_accelerate_config(path: str) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    if not Path(path).is_file():
-        raise RecipeError(f"launch.accelerate_config is {path}, which does not exist; accelerate_configs/ holds some")
-    try:
-        config = load_config_from_file(path)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"launch.accelerate_config {path} is not an accelerate configuration: {reason}") from error
-    if config.num_machines > 1 and not _inside_launcher():
-        raise RecipeError(
-            f"launch.accelerate_config {path} names {config.num_machines} machines; start each of them with 'accelerate "
-            f"launch --config_file {path} --machine_rank N -m hymba_align sft RECIPE' (then dpo)"
-        )
-
-
 # --- Running ----------------------------------------------------------------------------------------------------------
 
 
 def _run_steps(recipe: Recipe, steps: Sequence[Step], *, dry_run: bool) -> None:
-    check_inputs(recipe, steps)
+    if not inside_launcher() and not needs_launch(recipe):
+        use_one_gpu()
     folder, console = RunFolder(run_root(recipe)), _console()
+    waiting = [step for step in steps if not folder.is_complete(step.name, step.fingerprint)]
+    stages = [step.stage for step in waiting if step.trains and step.stage != "base"]
+    check_inputs(recipe, stages, scores=any(not step.trains for step in steps), ask_hub=bool(waiting) and not dry_run)
     _print_plan(recipe, folder, steps, console)
     if dry_run:
         console.print("Dry run: nothing was run and nothing was written.")
         return
-    if _rank() == 0:
+    if rank() == 0:
         open_run(recipe)
     for number, step in enumerate(steps, start=1):
-        what = f"{step.stage.upper()}" if step.trains else f"Score {step.stage}"
+        what = f"[{number}/{len(steps)}] {step.stage.upper() if step.trains else f'Score {step.stage}'}"
+        if step.trains and rank() == 0:
+            _restore(folder, step, console)
         if folder.is_complete(step.name, step.fingerprint):
-            console.print(f"[{number}/{len(steps)}] {what}: complete and unchanged, skipped", markup=False)
+            console.print(f"{what}: complete and unchanged, skipped", markup=False)
             continue
-        console.print(f"[{number}/{len(steps)}] {what}", markup=False, style="bold")
+        console.print(what, markup=False, style="bold")
         started = time.monotonic()
-        if not step.trains:
-            _score(recipe, folder, step)
-        elif _needs_launch(recipe):
-            _mark_started(folder, step, console)
-            _launch(recipe, step)
-        else:
-            _train_here(recipe, folder, step, console)
-        console.print(f"[{number}/{len(steps)}] {what}: done in {time.monotonic() - started:.0f} s", markup=False)
+        _run_step(recipe, folder, step, console)
+        console.print(f"{what}: done in {time.monotonic() - started:.0f} s", markup=False)
+
+
+def _restore(folder: RunFolder, step: Step, console: Console) -> None:
+    found = folder.restore(step.name, step.fingerprint)
+    if found is not None:
+        console.print(f"{step.name}: these inputs had a result in {found}, which is back in its place")
+
+
+def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
+    if not step.trains:
+        _score(recipe, folder, step)
+    elif not needs_launch(recipe):
+        _train_here(recipe, folder, step, console)
+    else:
+        _mark_started(folder, step, console)
+        free_gpu_memory()
+        launch(recipe, step.name)
+        if not folder.is_complete(step.name, step.fingerprint):
+            raise HymbaAlignError(f"{step.name} ended without a complete checkpoint; did its inputs change meanwhile?")
 
 
 def _mark_started(folder: RunFolder, step: Step, console: Console) -> None:
@@ -260,19 +244,31 @@ def _mark_started(folder: RunFolder, step: Step, console: Console) -> None:
 
 def _train_here(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
     """Trains in this process, one of several when a launcher started it."""
-    if _rank() == 0:
+    if rank() == 0:
         _mark_started(folder, step, console)
     else:
         _wait_for_rank_0(folder, step)
-    if not _inside_launcher():
-        _use_one_gpu()
-    metrics = _train(recipe, folder, step.stage, step.start)
-    if _rank() == 0:
-        folder.mark_complete(step.name, step.fingerprint, {"metrics": metrics})
+        if folder.is_complete(step.name, step.fingerprint):  # rank 0 had it aside
+            return
+    assert step.stage != "base", "nothing trains the base"
+    metrics = _call_trainer(recipe, folder, step.stage, step.start)
+    if rank() == 0:
+        _finish(recipe, folder, step.stage, step.fingerprint, metrics)
+
+
+def _wait_for_rank_0(folder: RunFolder, step: Step) -> None:
+    deadline = time.monotonic() + WAIT_FOR_RANK_0_S
+    while not folder.is_started(step.name, step.fingerprint):
+        if time.monotonic() > deadline:
+            raise RunFolderError(
+                f"rank {rank()} waited {WAIT_FOR_RANK_0_S:.0f} s for rank 0 to start {step.name} in {folder.root}; "
+                "set output_dir to a folder that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
-    """Trains as one of the processes that `_launch` started; the process that launched has checked and planned."""
+    """Trains as one of the processes that `launch` started; the process that launched has checked and planned."""
     folder, started = RunFolder(run_root(recipe)), int(os.environ.get("WORLD_SIZE", "1"))
     if started != recipe.launch.num_processes:
         raise HymbaAlignError(
@@ -281,12 +277,20 @@ def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
         )
     before = recipe.training_stages[: recipe.training_stages.index(stage)]
     start = str(folder.root / before[-1] / "final") if before else None
-    metrics = _train(recipe, folder, stage, start)
-    if _rank() == 0:
-        folder.mark_complete(stage, folder.read_manifest(stage)["started"], {"metrics": metrics})
+    metrics = _call_trainer(recipe, folder, stage, start)
+    if rank() == 0:
+        _finish(recipe, folder, stage, folder.read_manifest(stage)["started"], metrics)
 
 
-def _train(recipe: Recipe, folder: RunFolder, stage: Stage, start: str | None) -> dict[str, float]:
+def _finish(recipe: Recipe, folder: RunFolder, stage: TrainingStage, inputs: str, metrics: Mapping[str, float]) -> None:
+    """Records that a training stage is complete; only then may its checkpoints go."""
+    from hymba_align.train.common import remove_checkpoints
+
+    folder.mark_complete(stage, inputs, {"metrics": metrics})
+    remove_checkpoints(recipe, stage, folder.stage_dir(stage))
+
+
+def _call_trainer(recipe: Recipe, folder: RunFolder, stage: TrainingStage, start: str | None) -> dict[str, float]:
     if stage == "sft":
         from hymba_align.train.sft import train_sft
 
@@ -324,78 +328,6 @@ def _base_checkpoint(recipe: Recipe, folder: RunFolder) -> str:
     return str(final)
 
 
-# --- Processes --------------------------------------------------------------------------------------------------------
-
-
-def launch_command(recipe: Recipe, stage: str) -> list[str]:
-    """The command that starts a training stage with `launch.num_processes` processes."""
-    return [
-        "accelerate",
-        "launch",
-        "--config_file",
-        str(recipe.launch.accelerate_config),
-        "--num_processes",
-        str(recipe.launch.num_processes),
-        "-m",
-        "hymba_align",
-        stage,
-        str(run_root(recipe) / "recipe.yaml"),
-    ]
-
-
-def _launch(recipe: Recipe, step: Step) -> None:
-    """Runs a stage in processes of its own. Raises: HymbaAlignError with their exit code when they fail."""
-    command = launch_command(recipe, step.name)
-    # accelerate of this very interpreter, whatever `accelerate` the shell would find.
-    command[:2] = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-    with subprocess.Popen(command, env={**os.environ, STARTED_BY_US: "1"}) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # The terminal interrupted the whole group; killing the launcher at once would orphan its workers.
-            process.wait(timeout=STOP_CHILDREN_S)
-            raise
-    if code != 0:
-        error = HymbaAlignError(f"{step.name} failed in its processes (exit code {code}); their messages are above")
-        error.exit_code = code if code > 0 else 128 - code
-        raise error
-    if not RunFolder(run_root(recipe)).is_complete(step.name, step.fingerprint):
-        raise HymbaAlignError(f"{step.name} ended without a complete checkpoint; did its inputs change meanwhile?")
-
-
-def _needs_launch(recipe: Recipe) -> bool:
-    return recipe.launch.accelerate_config is not None and not _inside_launcher()
-
-
-def _inside_launcher() -> bool:
-    """Whether torchrun, accelerate or DeepSpeed started this process (clusters set WORLD_SIZE on their own)."""
-    return "LOCAL_RANK" in os.environ
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0")) if _inside_launcher() else 0
-
-
-def _wait_for_rank_0(folder: RunFolder, step: Step) -> None:
-    deadline = time.monotonic() + WAIT_FOR_RANK_0_S
-    while not folder.is_started(step.name, step.fingerprint):
-        if time.monotonic() > deadline:
-            raise RunFolderError(
-                f"rank {_rank()} waited {WAIT_FOR_RANK_0_S:.0f} s for rank 0 to start {step.name} in {folder.root}; "
-                "set output_dir to a folder that all machines share"
-            )
-        time.sleep(0.2)
-
-
-def _use_one_gpu() -> None:
-    """Hides all GPUs but the first: transformers would wrap the model in DataParallel, which is not what one process means."""
-    import torch
-
-    if torch.cuda.device_count() > 1 and not torch.cuda.is_initialized():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-
-
 # --- Printing ---------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +335,7 @@ def _console() -> Console:
     """The terminal; nothing from ranks other than 0."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, quiet=_rank() != 0)
+    return Console(highlight=False, soft_wrap=True, quiet=rank() != 0)
 
 
 def _print_plan(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], console: Console) -> None:
@@ -415,16 +347,17 @@ def _print_plan(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], consol
     for step in steps:
         done = folder.is_complete(step.name, step.fingerprint)
         begun = step.trains and folder.is_started(step.name, step.fingerprint)
+        aside = folder.find_aside(step.name, step.fingerprint) if step.trains else None
         table.add_row(
             step.stage if step.trains else f"score {step.stage}",
             step.data,
             str(Path(step.start).relative_to(folder.root)) if step.start else _base_name(recipe),
             f"{step.name}/final" if step.trains else step.name,
-            "done" if done else "resumes" if begun else "to do",
+            "done" if done else "resumes" if begun else f"back from {aside.name}" if aside else "to do",
         )
     console.print(table, soft_wrap=False)
     for step in steps:
-        if step.trains and _needs_launch(recipe):
+        if step.trains and needs_launch(recipe):
             console.print(f"{step.name} runs as: {shlex.join(launch_command(recipe, step.name))}", markup=False)
 
 

@@ -72,10 +72,16 @@ class DataSection(Section):
         return value
 
 
+class StageDataSection(DataSection):
+    """What a stage's data has otherwise than the recipe's `data`: only the keys that were set count."""
+
+    path: str = Field(default="", min_length=1)
+
+
 class SFTSection(Section):
     """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`."""
 
-    data: DataSection | None = None
+    data: StageDataSection | None = None
     max_length: int = Field(default=8192, ge=8)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
@@ -83,7 +89,7 @@ class SFTSection(Section):
 class DPOSection(Section):
     """Direct preference optimisation. `trainer` holds fields of `trl.DPOConfig`."""
 
-    data: DataSection | None = None
+    data: StageDataSection | None = None
     max_length: int = Field(default=2048, ge=8)
     share_prefix: bool = True
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -137,25 +143,16 @@ class Recipe(Section):
     eval: EvalSection | None = None
     launch: LaunchSection = LaunchSection()
 
-    @classmethod
-    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        shared = values.get("data")
-        if not isinstance(shared, dict):
-            return values
-        completed = dict(values)
-        for stage in TRAINING_STAGES:
-            section = values.get(stage)
-            if isinstance(section, dict) and isinstance(section.get("data"), dict):
-                completed[stage] = {**section, "data": {**shared, **section["data"]}}
-        return completed
-
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
         if not self.training_stages and self.eval is None:
             raise ValueError("the recipe has none of the sections sft, dpo and eval; add at least one")
         for stage in self.training_stages:
-            if self.data is None and self._stage_section(stage).data is None:
+            own = self._stage_section(stage).data
+            if self.data is None and own is None:
                 raise ValueError(f"{stage} has no data; add a section data, or {stage}.data")
+            if self.data is None and own is not None and not own.path:
+                raise ValueError(f"{stage}.data has no path, and there is no section data; add {stage}.data.path")
         for scored in (self.eval.stages or ()) if self.eval else ():
             if scored not in ("base", *self.training_stages):
                 raise ValueError(
@@ -183,13 +180,21 @@ class Recipe(Section):
 
     def data_for(self, stage: TrainingStage) -> DataSection:
         """The stage's data: the recipe's, with what the stage has otherwise."""
-        data = self._stage_section(stage).data or self.data
-        assert data is not None, f"{stage} has no data, which validation refuses"
-        return data
+        own = self._stage_section(stage).data
+        values = {
+            **(self.data.model_dump() if self.data else {}),
+            **(own.model_dump(exclude_unset=True) if own else {}),
+        }
+        return DataSection.model_validate(values)
 
     def dump_yaml(self) -> str:
         """The recipe as resolved, overrides included, as YAML that `load_recipe` reads back to an equal recipe."""
-        return dump_yaml(self.model_dump())
+        values = self.model_dump()
+        for stage in self.training_stages:
+            own = self._stage_section(stage).data
+            if own is not None:  # what it inherits stays out, so that an override of `data` still reaches it
+                values[stage]["data"] = own.model_dump(exclude_unset=True)
+        return dump_yaml(values)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -28,11 +28,6 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    @classmethod
-    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What was read, with keys filled in that follow from others; called before validation."""
-        return values
-
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -98,7 +93,7 @@ def load_section(
     for override in overrides:
         _apply_override(section, source, override, prefix)
     try:
-        text = json.dumps(section.complete(source.values))
+        text = json.dumps(source.values)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.name}: {error}; write plain numbers, words, lists and sections") from error
     try:

@@ -144,7 +144,9 @@ def test_a_torn_manifest_counts_as_none(tmp_path: Path) -> None:
     assert not folder.is_complete("sft", "a")
 
 
-def test_an_interrupted_stage_keeps_its_files_for_the_same_inputs_and_loses_them_for_others(tmp_path: Path) -> None:
+def test_an_interrupted_stage_keeps_its_files_for_the_same_inputs_and_they_move_aside_for_others(
+    tmp_path: Path,
+) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_started("sft", "a")
     checkpoint = tmp_path / "sft" / "checkpoint-3"
@@ -153,9 +155,57 @@ def test_an_interrupted_stage_keeps_its_files_for_the_same_inputs_and_loses_them
     assert folder.mark_started("sft", "a") is None
     assert checkpoint.exists()
 
-    assert folder.mark_started("sft", "b") is None
+    assert folder.mark_started("sft", "b") == tmp_path / "sft.interrupted"
     assert not checkpoint.exists()
+    assert (tmp_path / "sft.interrupted" / "checkpoint-3").exists()
     assert folder.is_started("sft", "b")
+
+
+def test_what_moved_aside_comes_back_for_its_inputs_and_the_two_change_places(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _finish(folder, "sft", "a")
+    _finish(folder, "sft", "b")
+
+    assert folder.find_aside("sft", "a") == tmp_path / "sft.previous"
+    assert folder.restore("sft", "a") == tmp_path / "sft.previous"
+    assert folder.is_complete("sft", "a")
+    assert folder.is_complete("sft.previous", "b")
+
+    assert folder.mark_started("sft", "b") is None
+    assert folder.is_complete("sft", "b")
+    assert folder.restore("sft", "b") is None
+    assert folder.restore("sft", "c") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sft", "sft.previous"]
+
+
+def test_an_unfinished_stage_never_takes_the_place_of_a_finished_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _finish(folder, "sft", "a")
+    for inputs in ("b", "c"):
+        folder.mark_started("sft", inputs)
+        (tmp_path / "sft" / f"checkpoint-{inputs}").mkdir()
+    folder.mark_started("sft", "d")
+
+    assert folder.is_complete("sft.previous", "a")
+    assert (tmp_path / "sft.interrupted" / "checkpoint-c").exists()
+    assert folder.mark_started("sft", "c") is None
+    assert (tmp_path / "sft" / "checkpoint-c").exists()
+
+
+@pytest.mark.parametrize("when", ["before the stage was moved", "after it was moved"])
+def test_a_move_that_was_interrupted_is_finished_by_the_next(tmp_path: Path, when: str) -> None:
+    folder = RunFolder(tmp_path)
+    _finish(folder, "sft", "a")
+    _finish(folder, "sft", "b")
+    (tmp_path / "sft.previous").rename(tmp_path / "sft.moving")
+    if when == "after it was moved":
+        (tmp_path / "sft").rename(tmp_path / "sft.previous")
+
+    folder.restore("sft", "a")
+
+    assert folder.is_complete("sft", "a")
+    assert folder.is_complete("sft.previous", "b")
+    assert not (tmp_path / "sft.moving").exists()
 
 
 def test_a_finished_checkpoint_moves_aside_when_its_inputs_change(tmp_path: Path) -> None:

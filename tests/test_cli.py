@@ -29,7 +29,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         hymba_align.pipeline, "run_recipe", lambda recipe, dry_run: calls.append(("run", recipe, dry_run))
     )
     monkeypatch.setattr(
-        hymba_align.pipeline, "run_stage", lambda recipe, stage, dry_run: calls.append((stage, recipe, dry_run))
+        hymba_align.pipeline,
+        "run_training_stage",
+        lambda recipe, stage, dry_run: calls.append((stage, recipe, dry_run)),
     )
     return calls
 

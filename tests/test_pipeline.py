@@ -10,14 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import hymba_align.eval
 import hymba_align.eval.report
+import hymba_align.launch
 import hymba_align.pipeline as pipeline
 import hymba_align.train.common
 import hymba_align.train.dpo
 import hymba_align.train.sft
-from hymba_align.checkpoint import RunFolder, write_json
+from hymba_align.checkpoint import RunFolder, file_digest, write_json
 from hymba_align.errors import HymbaAlignError, UsageError
 from hymba_align.recipe import Recipe, load_recipe
 
@@ -124,7 +126,8 @@ def test_a_second_run_skips_everything_and_says_so(recipe_file: str, work, capsy
         ("eval.limit=1", ["score base", "score sft", "score dpo"]),
         ("seed=7", ALL),
         ("base.config.mamba_dt_rank=3", ALL),
-        ("launch.num_processes=1", []),
+        ("sft.trainer.logging_steps=3", []),
+        ("dpo.trainer={per_device_train_batch_size: 4, save_total_limit: 1, dataloader_num_workers: 1}", []),
     ],
 )
 def test_a_change_runs_again_what_it_enters_and_what_follows(
@@ -136,6 +139,22 @@ def test_a_change_runs_again_what_it_enters_and_what_follows(
     pipeline.run_recipe(load_recipe(recipe_file, [override]))
 
     assert names(work) == again
+
+
+def test_the_processes_that_train_count_as_they_make_the_global_batch(recipe_file: str, tmp_path: Path) -> None:
+    config = tmp_path / "accelerate.yaml"
+    config.write_text("distributed_type: MULTI_CPU\n")
+    launched = [f"launch.accelerate_config={config}"]
+
+    def plans(*overrides: str) -> dict[str, str]:
+        return {step.name: step.fingerprint for step in pipeline.plan(load_recipe(recipe_file, overrides))}
+
+    one, two = plans(*launched), plans(*launched, "launch.num_processes=2")
+    config.write_text("distributed_type: MULTI_GPU\n")
+    changed = plans(*launched)
+
+    for other in (two, changed, plans()):
+        assert [name for name in one if one[name] != other[name]] == ["sft", "eval/sft", "dpo", "eval/dpo"]
 
 
 @pytest.mark.parametrize(("name", "again"), [("train", ALL), ("test", ["score base", "score sft", "score dpo"])])
@@ -178,29 +197,79 @@ def test_an_interrupted_stage_finds_its_checkpoints_unless_its_inputs_changed(
     monkeypatch.setattr(hymba_align.train.sft, "train_sft", interrupted)
     for overrides in ([], [], ["seed=7"]):
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run_stage(load_recipe(recipe_file, overrides), "sft")
+            pipeline.run_training_stage(load_recipe(recipe_file, overrides), "sft")
     assert found == [[], ["checkpoint-5"], []]
 
     monkeypatch.setattr(hymba_align.train.sft, "train_sft", finish)
-    pipeline.run_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
     assert names(work) == ["sft"]
 
 
 def test_a_finished_checkpoint_is_moved_aside_with_a_word(
     recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.run_stage(load_recipe(recipe_file), "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
 
-    pipeline.run_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
 
     moved = tmp_path / "run" / "sft.previous"
     assert f"What entered sft has changed; its earlier result is now in {moved}\n" in capsys.readouterr().out
     assert (moved / "final" / "config.json").exists()
 
 
+def test_a_setting_changed_and_changed_back_brings_the_first_result_back(
+    recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run_recipe(load_recipe(recipe_file))
+    pipeline.run_recipe(load_recipe(recipe_file, ["sft.trainer.learning_rate=1e-4"]))
+    work.clear()
+    capsys.readouterr()
+
+    pipeline.run_recipe(load_recipe(recipe_file), dry_run=True)
+    assert capsys.readouterr().out.count("back from") == 2
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert names(work) == ["score sft", "score dpo"]
+    moved = tmp_path / "run" / "sft.previous"
+    assert f"sft: these inputs had a result in {moved}, which is back in its place\n" in capsys.readouterr().out
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(path): file_digest(path) if path.is_file() else "" for path in sorted(root.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path={tmp}/bad.jsonl"], "{tmp}/bad.jsonl:2: malformed JSON"),
+        (["dpo.data.path={tmp}/bad.jsonl"], "{tmp}/bad.jsonl:2: malformed JSON"),
+        (["sft.max_length=9"], "{tmp}/train.jsonl: none of the 8 rows is left"),
+        (
+            ["sft.trainer.lr_scheduler_type=foo"],
+            "sft.trainer is refused by SFTConfig: foo is not a valid SchedulerType",
+        ),
+        (["eval.max_new_tokens=8192"], "eval.max_new_tokens is 8192, which leaves no room"),
+    ],
+)
+def test_bad_input_leaves_a_finished_run_as_it_is(
+    recipe_file: str, work, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{\n")
+    pipeline.run_recipe(load_recipe(recipe_file))
+    before = digests(tmp_path / "run")
+    work.clear()
+
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_recipe(load_recipe(recipe_file, [text.format(tmp=tmp_path) for text in overrides]))
+
+    assert str(caught.value).startswith(message.format(tmp=tmp_path))
+    assert digests(tmp_path / "run") == before
+    assert work == []
+
+
 def test_dpo_alone_starts_from_the_sft_checkpoint(recipe_file: str, work, tmp_path: Path) -> None:
-    pipeline.run_stage(load_recipe(recipe_file), "sft")
-    pipeline.run_stage(load_recipe(recipe_file), "dpo")
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file), "dpo")
 
     assert work == [("sft", None), ("dpo", f"{tmp_path}/run/sft/final")]
 
@@ -208,10 +277,10 @@ def test_dpo_alone_starts_from_the_sft_checkpoint(recipe_file: str, work, tmp_pa
 @pytest.mark.parametrize("before", [[], ["seed=7"]])
 def test_dpo_alone_needs_an_sft_checkpoint_of_this_recipe(recipe_file: str, work, tmp_path: Path, before) -> None:
     if before:
-        pipeline.run_stage(load_recipe(recipe_file, before), "sft")
+        pipeline.run_training_stage(load_recipe(recipe_file, before), "sft")
 
     with pytest.raises(UsageError) as caught:
-        pipeline.run_stage(load_recipe(recipe_file), "dpo")
+        pipeline.run_training_stage(load_recipe(recipe_file), "dpo")
 
     assert str(caught.value) == (
         f"dpo starts from {tmp_path}/run/sft, which is not complete for this recipe; "
@@ -257,6 +326,15 @@ def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str,
         (["base.config.max_position_embeddings=32"], "sft.max_length is 64, above the model's context of 32; lower it"),
         (["base={model: ./absent}"], "./absent: there is no such checkpoint folder; check the path"),
         (["base.config.hidden_siz=32"], "base.config.hidden_siz is not a key of HymbaConfig; the nearest is base.config.hidden_size"),
+        (["eval.max_new_tokens=8192"], "eval.max_new_tokens is 8192, which leaves no room for a prompt in the model's context of 8192 tokens; lower it"),
+        (["eval.gsm8k.num_fewshot=9"], "{tmp}/train.jsonl: the file has 8 rows; eval.gsm8k.train_path needs at least 9"),
+        (["data.path={tmp}/alone/train.jsonl"], "eval.gsm8k.test_path is missing beside train_path; give both files, or neither for the hub's"),
+        (["dpo.data.path={tmp}/bad.jsonl"], "{tmp}/bad.jsonl:2: malformed JSON, "),
+        (["sft.trainer.lr_scheduler_type=foo"], "sft.trainer is refused by SFTConfig: foo is not a valid SchedulerType"),
+        (["sft.trainer.bf16=true", "sft.trainer.use_cpu=false"], "sft.trainer is refused by SFTConfig: Your setup doesn't support bf16/gpu."),
+        (["sft.trainer.fp16=true"], "sft.trainer.fp16 is true, and float16 training needs a GPU; remove it"),
+        (["sft.trainer.loss_type=nil"], "sft.trainer.loss_type has the value 'nil', which TRL does not know; the nearest is 'nll'"),
+        (["dpo.trainer.loss_type=[sigmoid, nope]"], "dpo.trainer.loss_type has the value 'nope', which TRL does not know; it knows sigmoid, hinge, "),
         (["dpo.trainer.betta=1"], "dpo.trainer.betta is not a field of DPOConfig; did you mean 'beta'?"),
         (["launch.accelerate_config=absent.yaml"], "launch.accelerate_config is absent.yaml, which does not exist; accelerate_configs/ holds some"),
         (
@@ -274,16 +352,39 @@ def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str,
 def test_what_is_wrong_is_said_before_the_first_stage(
     recipe_file: str, work, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    with pytest.raises(UsageError) as caught:
-        pipeline.run_recipe(load_recipe(recipe_file, overrides))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "train.jsonl").write_text((json.dumps(ROW) + "\n") * 8)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{\n")
 
-    assert str(caught.value).startswith(message.format(cwd=Path.cwd().name))
+    with pytest.raises(UsageError) as caught:
+        pipeline.run_recipe(load_recipe(recipe_file, [text.replace("{tmp}", str(tmp_path)) for text in overrides]))
+
+    assert str(caught.value).startswith(message.format(cwd=Path.cwd().name, tmp=tmp_path))
+    assert work == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_is_said_in_a_dry_run_too(recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{\n")
+
+    with pytest.raises(UsageError, match="bad.jsonl:2: malformed JSON"):
+        pipeline.run_recipe(load_recipe(recipe_file, [f"dpo.data.path={tmp_path}/bad.jsonl"]), dry_run=True)
+
+
+def test_a_dry_run_asks_the_hub_for_nothing_and_a_run_asks_before_it_touches_anything(
+    recipe_file: str, work, tmp_path: Path
+) -> None:
+    offline = ["dpo.data.path=nobody/pairs"]
+    pipeline.run_recipe(load_recipe(recipe_file, offline), dry_run=True)
+
+    with pytest.raises(UsageError, match="nobody/pairs"):
+        pipeline.run_recipe(load_recipe(recipe_file, offline))
     assert work == []
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_run_stops_the_run_before_it_starts(recipe_file: str, work) -> None:
-    pipeline.run_stage(load_recipe(recipe_file), "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
     work.clear()
 
     with pytest.raises(UsageError, match="belongs to the run 'demo', and this recipe's name is 'other'"):
@@ -293,7 +394,7 @@ def test_a_folder_of_another_run_stops_the_run_before_it_starts(recipe_file: str
 
 def test_a_stage_that_the_recipe_lacks_cannot_run(recipe_file: str) -> None:
     with pytest.raises(UsageError) as caught:
-        pipeline.run_stage(load_recipe(recipe_file, ["sft=null"]), "sft")
+        pipeline.run_training_stage(load_recipe(recipe_file, ["sft=null"]), "sft")
 
     assert str(caught.value) == "the recipe 'demo' has no section sft; add one, or run another stage"
 
@@ -329,14 +430,14 @@ class FakeLauncher:
             stage, path = self.commands[-1][-2:]
             with self.monkeypatch.context() as patch:
                 patch.setattr(os, "environ", {**self.env, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"})
-                pipeline.run_stage(load_recipe(path), stage)  # type: ignore[arg-type]
+                pipeline.run_training_stage(load_recipe(path), stage)  # type: ignore[arg-type]
         return self.code
 
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
     fake = FakeLauncher(monkeypatch)
-    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=fake))
+    monkeypatch.setattr(hymba_align.launch, "subprocess", SimpleNamespace(Popen=fake))
     return fake
 
 
@@ -385,7 +486,7 @@ def test_the_exit_code_of_launched_processes_is_passed_on(
     launcher.code = code
 
     with pytest.raises(HymbaAlignError) as caught:
-        pipeline.run_stage(load_recipe(recipe_file, LAUNCH), "sft")
+        pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
 
     assert caught.value.exit_code == passed_on
     assert str(caught.value) == f"sft failed in its processes (exit code {code}); their messages are above"
@@ -396,7 +497,7 @@ def test_fewer_processes_than_asked_for_is_an_error(recipe_file: str, work, monk
     monkeypatch.setenv(pipeline.STARTED_BY_US, "1")
 
     with pytest.raises(HymbaAlignError) as caught:
-        pipeline.run_stage(load_recipe(recipe_file, LAUNCH), "sft")
+        pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
 
     assert str(caught.value) == (
         "launch.num_processes is 2, but accelerate started 1 with accelerate_configs/zero2.yaml; "
@@ -411,13 +512,13 @@ def test_inside_torchrun_a_stage_uses_the_processes_that_are_there(
     recipe = load_recipe(recipe_file, LAUNCH)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "0")
-    pipeline.run_stage(recipe, "sft")
+    pipeline.run_training_stage(recipe, "sft")
     assert work == [("sft", None)]
     assert RunFolder(tmp_path / "run").read_manifest("sft")["completed"]
 
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
-    pipeline.run_stage(recipe, "sft")
+    pipeline.run_training_stage(recipe, "sft")
     assert capsys.readouterr().out == ""
     assert work == [("sft", None)]
 
@@ -430,12 +531,78 @@ def test_other_ranks_wait_until_rank_0_has_prepared_the_folder(
     monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.3)
 
     with pytest.raises(UsageError) as caught:
-        pipeline.run_stage(load_recipe(recipe_file), "sft")
+        pipeline.run_training_stage(load_recipe(recipe_file), "sft")
 
     assert str(caught.value) == (
         f"rank 1 waited 0 s for rank 0 to start sft in {tmp_path}/run; set output_dir to a folder that all machines share"
     )
     assert work == []
+
+
+def test_only_rank_0_judges_the_run_folder_which_others_may_see_half_made(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    recipe = load_recipe(recipe_file)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.1)
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UsageError, match="rank 1 waited"):
+        pipeline.run_training_stage(recipe, "sft")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        pipeline.run_training_stage(recipe, "sft")
+
+
+def test_another_rank_trains_nothing_where_rank_0_brought_the_result_back(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file)
+    pipeline.run_training_stage(recipe, "sft")
+    pipeline.run_training_stage(load_recipe(recipe_file, ["seed=7"]), "sft")
+    work.clear()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    inputs = next(step.fingerprint for step in pipeline.plan(recipe) if step.name == "sft")
+
+    def rank_0(seconds: float) -> None:
+        RunFolder(tmp_path / "run").restore("sft", inputs)
+
+    monkeypatch.setattr(pipeline.time, "sleep", rank_0)
+    pipeline.run_training_stage(recipe, "sft")
+
+    assert work == []
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, calls: list[str], work: list[tuple[str, str | None]]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: "score base" in names(work))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(f"freed after {names(work)[-1]}"))
+
+
+def test_one_process_takes_one_gpu_before_anything_touches_it(
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, [], work)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
+
+    pipeline.run_recipe(load_recipe(recipe_file))
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+def test_processes_to_come_get_all_gpus_and_the_memory_that_scoring_used(
+    recipe_file: str, work, launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fake_gpus(monkeypatch, calls, work)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+
+    pipeline.run_recipe(load_recipe(recipe_file, LAUNCH))
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6"
+    assert calls == ["freed after score base", "freed after score sft"]
 
 
 def test_run_refuses_to_be_one_of_many(recipe_file: str, work, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,18 @@ def test_a_stage_takes_the_keys_of_data_that_it_does_not_set(write) -> None:
     assert recipe.data_for("sft").model_dump() == recipe.data.model_dump()
     assert recipe.data_for("dpo") == recipe.data.model_copy(update={"max_rows": 9})
     assert recipe.data_for("dpo").path == "b.jsonl"
-    assert load_recipe(write(recipe.dump_yaml())) == recipe
+    dumped = write(recipe.dump_yaml())
+    assert load_recipe(dumped) == recipe
+    again = load_recipe(dumped, ["data.path=c.jsonl"])
+    assert [again.data_for(stage).path for stage in again.training_stages] == ["c.jsonl", "c.jsonl"]
+    assert again.data_for("dpo").max_rows == 9
+
+
+def test_a_stage_can_undo_a_limit_of_data(write) -> None:
+    recipe = load_recipe(write(BASE + "data: {path: a.jsonl, max_rows: 3}\nsft: {}\ndpo: {data: {max_rows: null}}\n"))
+
+    assert (recipe.data_for("sft").max_rows, recipe.data_for("dpo").max_rows) == (3, None)
+    assert load_recipe(write(recipe.dump_yaml())).data_for("dpo").max_rows is None
 
 
 @pytest.fixture
@@ -117,6 +128,10 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(write, text: str, value: object
             "recipe.yaml:3: eval.stages.0 is 'bass'; it must be 'base', 'sft' or 'dpo'; the nearest is 'base'",
         ),
         (BASE + "eval: {tasks: [gsm9k]}\n", "recipe.yaml:3: eval.tasks.0 is 'gsm9k'; it must be 'gsm8k'"),
+        (
+            BASE + "data: {path: a.jsonl, max_rows: 0}\nsft: {data: {split: x}}\ndpo: {data: {split: y}}\n",
+            "recipe.yaml:3: data.max_rows is 0; it must be greater than or equal to 1",
+        ),
         (BASE + "seed: 1\nseed: 2\n", "recipe.yaml:4: seed stands twice, first in line 3; remove one of them"),
         (BASE + "sft:\n  trainer: {a: 1, a: 2}\n", "recipe.yaml:4: sft.trainer.a stands twice, first in line 4; remove one of them"),
         ("name: [\n", "recipe.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
@@ -140,6 +155,10 @@ def test_a_malformed_recipe_is_one_sentence_with_file_line_key_and_value(write, 
     [
         (BASE, "recipe.yaml: the recipe has none of the sections sft, dpo and eval; add at least one"),
         (BASE + "dpo: {}\n", "recipe.yaml: dpo has no data; add a section data, or dpo.data"),
+        (
+            BASE + "dpo: {data: {max_rows: 3}}\n",
+            "recipe.yaml: dpo.data has no path, and there is no section data; add dpo.data.path",
+        ),
         (
             BASE + "eval: {stages: [sft]}\n",
             "recipe.yaml: eval.stages names sft, and there is no section sft; add it or remove the name",

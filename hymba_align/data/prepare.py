@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.data.convert import conversation, preference
 from hymba_align.data.messages import Message, Tool, canonical_tools
-from hymba_align.data.schemas import SCHEMAS, SOURCE, Row, SchemaName, message_feature
-from hymba_align.data.sources import Source, generate_dataset, open_source
+from hymba_align.data.schemas import REFUSED, SCHEMAS, SOURCE, Row, SchemaName, message_feature
+from hymba_align.data.sources import Source, generate_dataset, open_source, reason_to_drop
 from hymba_align.data.template import Rendered, has_generation_markers, render
 from hymba_align.errors import DataError
 
@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
     from hymba_align.recipe import DataSection
 
-# Bookkeeping columns of generated records: rows they hold, why they are left out ("" if they are not), token counts.
-EXAMPLES, DROPPED, TRAINED, TOTAL = "examples", "dropped", "trained", "total"
+# Bookkeeping columns of generated records: rows they hold, why they are left out ("" if they are not), where the (first)
+# row stands, token counts.
+EXAMPLES, DROPPED, PLACE, TRAINED, TOTAL = BOOKKEEPING = ("examples", "dropped", "place", "trained", "total")
 LONGER = "longer"  # tokens of a pair's longer side; not written to the dataset
 SAME_REPLIES = "chosen equals rejected"
+REASONS_SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A dataset ready for a trainer, and what became of the rows.
 
-    `kept` counts rows, not conversations; `trained_tokens` are those under the loss (for preferences, of both replies).
+    `kept` counts rows, not conversations; `dropped` those left out by reason, and `first_dropped` says where the first of
+    them stands; `trained_tokens` are those under the loss (for preferences, of both replies).
     """
 
     dataset: Dataset
@@ -43,11 +46,12 @@ class Prepared:
     trained_tokens: int
     total_tokens: int
     ignored_columns: tuple[str, ...] = ()
+    first_dropped: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for people."""
         parts = [f"{self.kept:,} of {self.rows_read:,} rows kept in {len(self.dataset):,} conversations"]
-        parts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
+        parts += _counted(self.dropped, self.first_dropped)
         parts.append(f"{self.trained_tokens:,} of {self.total_tokens:,} tokens trained on")
         if self.ignored_columns:
             parts.append(f"columns not used: {', '.join(self.ignored_columns)}")
@@ -111,38 +115,65 @@ def _prepare(
 ) -> Prepared:
     dataset = generate_dataset(records, features, key)
     reasons: list[str] = dataset[DROPPED][:]
-    dropped = dict(Counter(reason for reason in reasons if reason))
+    dropped = dict(Counter(reason for reason in reasons if reason).most_common())
+    first_dropped = {reason: dataset[reasons.index(reason)][PLACE] for reason in dropped}
     if dropped:
         dataset = dataset.select([place for place, reason in enumerate(reasons) if not reason])
     rows_read = len(source.dataset)
     if not len(dataset):
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise DataError(f"{section.path}: none of the {rows_read} rows is left ({why}); raise max_length or add rows")
+        why = ", ".join(_counted(dropped, first_dropped))
+        raise DataError(f"{section.path}: none of the {rows_read} rows is left: {why}; raise max_length or add rows")
     if "tools" in features and not any(dataset["tools"]):
         dataset = dataset.remove_columns("tools")
     kept, trained, total = (sum(dataset[column]) for column in (EXAMPLES, TRAINED, TOTAL))
-    dataset = dataset.remove_columns([EXAMPLES, DROPPED, TRAINED, TOTAL])
-    return Prepared(dataset, rows_read, kept, dropped, trained, total, source.ignored_columns)
+    dataset = dataset.remove_columns(list(BOOKKEEPING))
+    return Prepared(dataset, rows_read, kept, dropped, trained, total, source.ignored_columns, first_dropped)
+
+
+def _counted(dropped: Mapping[str, int], first_dropped: Mapping[str, str]) -> list[str]:
+    """Reasons with their counts and first places, most frequent first; those beyond a handful in one sum."""
+    places = {reason: f", first {place}" for reason, place in first_dropped.items()}
+    shown = list(dropped.items())[:REASONS_SHOWN]
+    parts = [f"{count:,} dropped ({reason}{places.get(reason, '')})" for reason, count in shown]
+    rest = sum(dropped.values()) - sum(count for _, count in shown)
+    return [*parts, *([f"{rest:,} dropped for other reasons"] if rest else [])]
 
 
 def _sft_records(
     section: DataSection, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[Row]:
-    rows: Dataset = source.dataset
     most = section.examples_per_conversation
     joiner = _Joiner(section, tokenizer, max_length)
     waiting: list[Row] = []  # rows read and not yet given out, at most `most`
-    for row in _then_none(rows):
+    for row in _then_none(source.dataset):
         if row is not None:
+            try:
+                _check_not_refused(row)
+                joiner.render_alone(row)
+            except DataError as error:
+                reason = reason_to_drop(error, row[SOURCE], local=source.local)
+                yield {"input_ids": [], "assistant_masks": [], **_dropped(row, reason)}
+                continue
             waiting.append(row)
         while len(waiting) == most or (row is None and waiting):
             count, rendered = joiner.join(waiting)
             if rendered is None:
-                yield {"input_ids": [], "assistant_masks": [], **_dropped(_too_long(max_length))}
+                yield {"input_ids": [], "assistant_masks": [], **_dropped(waiting[0], _too_long(max_length))}
             else:
                 ids, mask = rendered.input_ids, rendered.assistant_mask
-                yield {"input_ids": ids, "assistant_masks": mask, **_kept(count, sum(mask), len(ids))}
+                yield {
+                    "input_ids": ids,
+                    "assistant_masks": mask,
+                    **_kept(waiting[0], count, sum(mask), len(ids)),
+                }
+            joiner.forget(waiting[: max(count, 1)])
             del waiting[: max(count, 1)]
+
+
+def _check_not_refused(row: Row) -> None:
+    """Raises what was wrong with a hub data set's row when it was read."""
+    if row.get(REFUSED) is not None:
+        raise DataError(row[REFUSED])
 
 
 def _then_none(rows: Iterable[Row]) -> Iterator[Row | None]:
@@ -160,26 +191,39 @@ class _Joiner:
     def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.section, self.tokenizer, self.max_length = section, tokenizer, max_length
         self.header_length: int | None = None
-        self.lengths: dict[str, int] = {}  # of the rows in `waiting`, alone, by their place
+        self.alone: dict[str, Rendered] = {}  # rows as conversations of their own, by their place, until forgotten
 
     def join(self, rows: Sequence[Row]) -> tuple[int, Rendered | None]:
         """As many of the first rows as fit, and their rendering; (0, None) where not even the first does."""
         count = self._guess(rows) if len(rows) > 1 else 1
         while count:
-            rendered = _render_rows(self.section, self.tokenizer, rows[:count])
+            rendered = self._render(rows[:count])
             if len(rendered.input_ids) <= self.max_length:
                 return count, rendered
             count -= 1
         return 0, None
 
     def _guess(self, rows: Sequence[Row]) -> int:
-        self.lengths = {row[SOURCE]: self.lengths.get(row[SOURCE]) or self.alone(row) for row in rows}
-        sums = accumulate(self.added(self.lengths[row[SOURCE]]) for row in rows)
+        sums = accumulate(self.added(self.length(row)) for row in rows)
         return sum(self.header() + total <= self.max_length for total in sums)
 
-    def alone(self, row: Row) -> int:
+    def render_alone(self, row: Row) -> Rendered:
+        """A conversation of one row. Raises: DataError."""
+        if row[SOURCE] not in self.alone:
+            self.alone[row[SOURCE]] = _render_rows(self.section, self.tokenizer, [row])
+        return self.alone[row[SOURCE]]
+
+    def forget(self, rows: Iterable[Row]) -> None:
+        """Lets go of the renderings of rows that are done with."""
+        for row in rows:
+            self.alone.pop(row[SOURCE], None)
+
+    def _render(self, rows: Sequence[Row]) -> Rendered:
+        return self.render_alone(rows[0]) if len(rows) == 1 else _render_rows(self.section, self.tokenizer, rows)
+
+    def length(self, row: Row) -> int:
         """Tokens of a conversation of one row."""
-        return len(_render_rows(self.section, self.tokenizer, [row]).input_ids)
+        return len(self.render_alone(row).input_ids)
 
     def added(self, alone: int) -> int:
         """Tokens that a row adds to a conversation, given its length alone."""
@@ -190,7 +234,7 @@ class _Joiner:
         if self.header_length is None:
             row = {"question": "1", "answer": "1", SOURCE: ""}
             twice = _render_rows(self.section, self.tokenizer, [row, row]).input_ids
-            self.header_length = 2 * self.alone(row) - len(twice)
+            self.header_length = 2 * self.length(row) - len(twice)
         return self.header_length
 
 
@@ -206,9 +250,16 @@ def _preference_records(
     section: DataSection, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
 ) -> Iterator[Row]:
     joiner = _Joiner(section, tokenizer, max_length)
+    columns = ("prompt", "chosen", "rejected", *(["tools"] if source.schema.name == "preference" else []))
     earlier: deque[tuple[int, Row]] = deque(maxlen=section.examples_per_conversation - 1)  # lengths alone, and rows
     for place, row in enumerate(source.dataset):
-        record = _pair_record(_pair(section, row, [], seed, place), row, tokenizer, max_length)
+        try:
+            _check_not_refused(row)
+            record = _pair_record(_pair(section, row, [], seed, place), row, tokenizer, max_length)
+        except DataError as error:
+            reason = reason_to_drop(error, row[SOURCE], local=source.local)
+            yield {**dict.fromkeys(columns), **_dropped(row, reason)}
+            continue
         if earlier and not record[DROPPED]:
             room = max_length - record[LONGER]
             added = accumulate(joiner.added(length) for length, _ in reversed(earlier))
@@ -220,7 +271,8 @@ def _preference_records(
                     break
         yield {column: value for column, value in record.items() if column != LONGER}
         if earlier.maxlen:
-            earlier.append((joiner.alone(row), row))
+            earlier.append((joiner.length(row), row))
+            joiner.forget([row])
 
 
 def _pair(section: DataSection, row: Row, earlier: Sequence[Row], seed: int, place: int) -> dict[str, list[Message]]:
@@ -235,7 +287,7 @@ def _pair(section: DataSection, row: Row, earlier: Sequence[Row], seed: int, pla
 def _pair_record(pair: dict[str, list[Message]], row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
     columns = {**pair, **({"tools": row["tools"]} if "tools" in row else {})}
     if pair["chosen"] == pair["rejected"]:
-        return {**columns, **_dropped(SAME_REPLIES)}
+        return {**columns, **_dropped(row, SAME_REPLIES)}
     tools = canonical_tools(row.get("tools"))
     at = partial(_render_at, row[SOURCE], tokenizer, tools=tools)
     prompt = at(pair["prompt"], add_generation_prompt=True).input_ids
@@ -243,9 +295,9 @@ def _pair_record(pair: dict[str, list[Message]], row: Row, tokenizer: PreTrained
     if any(ids[: len(prompt)] != prompt for ids in whole):
         raise DataError(f"{row[SOURCE]}: the chat template rewrites the prompt when a reply follows; use 'hymba'")
     if max(map(len, whole)) > max_length:
-        return {**columns, **_dropped(_too_long(max_length))}
+        return {**columns, **_dropped(row, _too_long(max_length))}
     total = sum(map(len, whole))
-    return {**columns, **_kept(1, total - 2 * len(prompt), total), LONGER: max(map(len, whole))}
+    return {**columns, **_kept(row, 1, total - 2 * len(prompt), total), LONGER: max(map(len, whole))}
 
 
 def _render_at(
@@ -266,12 +318,12 @@ def _too_long(max_length: int) -> str:
     return f"longer than max_length={max_length}"
 
 
-def _dropped(reason: str) -> Row:
-    return {EXAMPLES: 0, DROPPED: reason, TRAINED: 0, TOTAL: 0}
+def _dropped(row: Row, reason: str) -> Row:
+    return {EXAMPLES: 0, DROPPED: reason, PLACE: row[SOURCE], TRAINED: 0, TOTAL: 0}
 
 
-def _kept(examples: int, trained: int, total: int) -> Row:
-    return {EXAMPLES: examples, DROPPED: "", TRAINED: trained, TOTAL: total}
+def _kept(first: Row, examples: int, trained: int, total: int) -> Row:
+    return {EXAMPLES: examples, DROPPED: "", PLACE: first[SOURCE], TRAINED: trained, TOTAL: total}
 
 
 def _key(
@@ -291,7 +343,8 @@ def _key(
 def _counts() -> dict[str, Any]:
     from datasets import Value
 
-    return {EXAMPLES: Value("int64"), DROPPED: Value("string"), TRAINED: Value("int64"), TOTAL: Value("int64")}
+    counts = dict.fromkeys((EXAMPLES, TRAINED, TOTAL), Value("int64"))
+    return {**counts, **dict.fromkeys((DROPPED, PLACE), Value("string"))}
 
 
 def _sft_features() -> Features:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SchemaName = Literal["question_answer", "messages", "preference"]
 Row = dict[str, Any]
 SOURCE = "source"  # the column that says where a row came from: "path:line"
+REFUSED = "refused"  # the column that says why a row of a hub data set cannot be used, None where it can
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ SCHEMAS = (
 )
 
 
-def row_features(name: SchemaName) -> Features:
-    """The dataset columns of canonical rows."""
+def row_features(name: SchemaName, *, refusable: bool = False) -> Features:
+    """The dataset columns of canonical rows, with one for why a row cannot be used where that is no error."""
     from datasets import Features, Value
 
     text = Value("string")
@@ -132,7 +133,7 @@ def row_features(name: SchemaName) -> Features:
         "messages": {"messages": message_feature(), "tools": text},
         "preference": {**dict.fromkeys(("prompt", "chosen", "rejected"), message_feature()), "tools": text},
     }[name]
-    return Features({**columns, SOURCE: text})
+    return Features({**columns, SOURCE: text, **({REFUSED: text} if refusable else {})})
 
 
 def message_feature(*, tool_calls: bool = True) -> Any:

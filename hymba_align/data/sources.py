@@ -1,4 +1,8 @@
-"""Rows from files or the hub, every one checked and labelled with its place."""
+"""Rows from files or the hub, every one checked and labelled with its place.
+
+A row that cannot be used is an error where the file is local, hence the user's own to correct. On the hub nobody can
+correct a row among a million, so it is left out and counted with the reason (`reason_to_drop`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.data.schemas import SOURCE, Row, Schema, canonical_row, detect_schema, row_features
+from hymba_align.data.schemas import REFUSED, SOURCE, Row, Schema, canonical_row, detect_schema, row_features
 from hymba_align.errors import DataError
+from hymba_align.recipe import is_local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -24,24 +29,42 @@ if TYPE_CHECKING:
 LabelledRow = tuple[str, Any]  # "path:line" and the row as it stands there
 COLUMN_FILES = {".parquet": "parquet", ".csv": "csv"}
 JSON_FILES = (".jsonl", ".json")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Canonical rows of one schema (see schemas.py) with their places, and the columns that nothing reads."""
+    """Canonical rows of one schema (see schemas.py) with their places, and the columns that nothing reads.
+
+    A hub data set's rows have the column `refused` too: why a row cannot be used (its values are then None), or None.
+    """
 
     dataset: Dataset
     schema: Schema
     ignored_columns: tuple[str, ...]
+    local: bool
 
 
 def load_rows(section: DataSection) -> Dataset:
-    """The canonical rows of a data section; the column `source` says where each came from.
+    """The canonical rows of a data section that can be used; the column `source` says where each came from.
 
     Raises: DataError with file and line.
     """
-    return open_source(section).dataset
+    source = open_source(section)
+    if source.local:
+        return source.dataset
+    usable = [place for place, reason in enumerate(source.dataset[REFUSED]) if reason is None]
+    return source.dataset.select(usable).remove_columns(REFUSED)
+
+
+def reason_to_drop(error: DataError, place: str, *, local: bool) -> str:
+    """Why the row at `place` is left out, in words that other rows with the same fault share.
+
+    Raises: the error itself, beginning with its place, where the file is local.
+    """
+    what = str(error).removeprefix(f"{place}: ")
+    if local:
+        raise type(error)(f"{place}: {what}") from error
+    return re.sub(r"\b(turn|token) \d+", r"a \1", re.split("[;:] ", what)[0])
 
 
 def open_source(section: DataSection) -> Source:
@@ -65,20 +88,30 @@ def open_source(section: DataSection) -> Source:
         schema = detect_schema(columns)
     except DataError as error:
         raise DataError(f"{section.path}: {error}") from error
-    rows = partial(_canonical_rows, schema, read, section.max_rows)
+    local = is_local_path(section.path)
+    features = row_features(schema.name, refusable=not local)
+    rows = partial(_canonical_rows, schema, read, section.max_rows, local, tuple(features))
     key = (section.path, identity, section.max_rows, schema.name)
-    dataset = generate_dataset(rows, row_features(schema.name), key)
-    return Source(dataset, schema, schema.ignored(columns))
+    dataset = generate_dataset(rows, features, key)
+    return Source(dataset, schema, schema.ignored(columns), local)
 
 
-def _canonical_rows(schema: Schema, read: Callable[[], Iterable[LabelledRow]], max_rows: int | None) -> Iterator[Row]:
+def _canonical_rows(
+    schema: Schema,
+    read: Callable[[], Iterable[LabelledRow]],
+    max_rows: int | None,
+    local: bool,
+    columns: tuple[str, ...],
+) -> Iterator[Row]:
     for label, row in islice(read(), max_rows):
+        values: Row = dict.fromkeys(columns)
         try:
             if not isinstance(row, dict):
                 raise DataError(f"a row must be an object with columns, not {row!r:.60}")
-            yield {**canonical_row(schema, row), SOURCE: label}
+            values |= canonical_row(schema, row)
         except DataError as error:
-            raise type(error)(f"{label}: {error}") from error
+            values[REFUSED] = reason_to_drop(error, label, local=local)
+        yield {**values, SOURCE: label}
 
 
 def _columns_of_first(name: str, rows: Iterable[LabelledRow]) -> Collection[str]:
@@ -118,15 +151,30 @@ def _parse(content: bytes, label: str, *, first: bool) -> Any:
 def _load_table(section: DataSection, path: Path) -> Dataset:
     from datasets import load_dataset
 
-    _check_path(section.path, path)
+    if not is_local_path(section.path):
+        return read_hub(section.path, "name a file that exists here, or a data set of the hub", split=section.split)
+    _check_file(section.path, path)
+    options = _csv_options(path) if path.suffix == ".csv" else {}
     try:
-        if path.suffix in COLUMN_FILES:
-            options = _csv_options(path) if path.suffix == ".csv" else {}
-            return load_dataset(COLUMN_FILES[path.suffix], data_files=str(path), split="train", **options)
-        return load_dataset(section.path, split=section.split)
-    except Exception as error:  # readers and the hub raise many kinds, all about this input
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise DataError(f"{section.path}: cannot be read as a data set ({reason})") from error
+        return load_dataset(COLUMN_FILES[path.suffix], data_files=str(path), split="train", **options)
+    except Exception as error:  # readers raise many kinds, all about this file
+        raise DataError(f"{section.path}: cannot be read as a data set ({_reason(error)})") from error
+
+
+def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives for a data set on the hub. Raises: DataError that ends in `what_to_do`."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path=repository, **options)
+    except Exception as error:  # the hub, its client and the readers raise many kinds, all about this data set
+        raise DataError(
+            f"{repository} cannot be read from the Hugging Face hub ({_reason(error)}); {what_to_do}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -138,15 +186,14 @@ def _csv_options(path: Path) -> dict[str, Any]:
     return {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
 
 
-def _check_path(name: str, path: Path) -> None:
+def _check_file(name: str, path: Path) -> None:
     accepted = ", ".join((*JSON_FILES, *COLUMN_FILES))
     if path.is_dir():
         raise DataError(f"{name}: is a directory; name one file ({accepted}) or a hub data set")
-    if path.is_file():
-        if path.suffix not in COLUMN_FILES:
-            raise DataError(f"{name}: files of this kind are not read; use one of {accepted}")
-    elif path.suffix in (*JSON_FILES, *COLUMN_FILES) or not HUB_ID.fullmatch(name):
+    if not path.is_file():
         raise DataError(f"{name}: no such file; name one that exists, or a hub data set such as openai/gsm8k")
+    if path.suffix not in COLUMN_FILES:
+        raise DataError(f"{name}: files of this kind are not read; use one of {accepted}")
 
 
 def _table_rows(name: str, table: Dataset) -> Iterator[LabelledRow]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hymba_align.data.messages import Message, Tool, canonical_messages
 from hymba_align.errors import CheckpointError, RenderError
+from hymba_align.recipe import is_local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,9 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
     """
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    _check_folder(path)
+    local = is_local_path(path)
+    if local:
+        _check_folder(path)
     try:
         # An empty config: the released config.json names remote code, about which transformers would ask on stdin.
         tokenizer = AutoTokenizer.from_pretrained(
@@ -42,6 +45,13 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
         )
     except Exception as error:  # the hub, the JSON reader and the Rust library each raise their own kinds
         reason = str(error).strip().split("\n")[0]
+        if not local:
+            # What transformers says of a hub that is out of reach is about the files that it has not got.
+            why = "" if "backend tokenizer" in reason else f" ({reason})"
+            raise CheckpointError(
+                f"'{path}' is neither a tokenizer folder here nor one that the Hugging Face hub gives out{why}; name a "
+                "folder with tokenizer.json, or a hub id while the hub can be reached"
+            ) from error
         raise CheckpointError(
             f"{path}: no tokenizer can be loaded from here ({reason}); name a folder with tokenizer.json or a hub id"
         ) from error
@@ -57,12 +67,11 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
 
 
 def _check_folder(path: str) -> None:
-    """Refuses paths that cannot be a hub id and folders without a vocabulary, for which transformers makes up one."""
-    if os.path.isdir(path):
-        if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer.model")):
-            raise CheckpointError(f"{path}: the folder has no tokenizer.json; name one that has, or a hub id")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+    """Refuses what is no folder, and folders without a vocabulary, for which transformers makes up one."""
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such tokenizer folder; name a folder with tokenizer.json or a hub id")
+    if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{path}: the folder has no tokenizer.json; name one that has, or a hub id")
 
 
 def keep_prefix_rule(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -101,7 +101,7 @@ def load_task(section: EvalSection) -> Task:
         "max_gen_toks": section.max_new_tokens,
     }
     config["num_fewshot"] = section.gsm8k.num_fewshot
-    config.update(_local_data(section))
+    config.update(_local_data(section) or _hub_data(config["dataset_path"], config["dataset_name"]))
     # Without `include_defaults=False` the harness first reads all its thousands of task files.
     task: Task = TaskManager(include_defaults=False).load([config])["tasks"]["gsm8k"]
     task.set_fewshot_seed(FEWSHOT_SEED)
@@ -129,6 +129,15 @@ def _local_data(section: EvalSection) -> dict[str, Any]:
             "(or set eval.gsm8k.num_fewshot=0)"
         )
     splits["train"] = _read(train, "eval.gsm8k.train_path", at_least=shots)
+    return {"custom_dataset": lambda **_: splits}
+
+
+def _hub_data(repository: str, name: str) -> dict[str, Any]:
+    """The key of the task that lets us read the task's own data set, for one clear sentence where it cannot be read."""
+    from hymba_align.data.sources import read_hub
+
+    what_to_do = "set gsm8k.train_path and gsm8k.test_path (in a recipe under eval) to local files"
+    splits = read_hub(repository, what_to_do, name=name)
     return {"custom_dataset": lambda **_: splits}
 
 
@@ -212,15 +221,35 @@ def _check_context(model: PreTrainedModel, section: EvalSection) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """Silences the harness's logging and its unconditional progress bars; yields the real stderr."""
+    """Silences the harness's logger and its bar over problems, which no switch turns off; yields the real stderr.
+
+    Whatever else is written to stderr meanwhile, warnings and messages of other libraries, reaches the terminal at once.
+    """
     terminal, logger = sys.stderr, logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(_WithoutBars(terminal)):
             yield terminal
     finally:
         logger.setLevel(level)
+
+
+class _WithoutBars(io.TextIOBase):
+    """Passes text on, except for progress bars: they begin with a carriage return, and end with a line break alone."""
+
+    def __init__(self, terminal: Any) -> None:
+        self.terminal, self.in_bar = terminal, False
+
+    def write(self, text: str) -> int:
+        bar = text.startswith("\r") or (self.in_bar and text in ("", "\n"))
+        self.in_bar = text.startswith("\r") or (self.in_bar and not text)
+        if not bar:
+            self.terminal.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
 
 
 # ---- the result -----------------------------------------------------------------------------------------------------

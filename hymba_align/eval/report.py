@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import yaml
 
 from hymba_align.checkpoint import write_text
 from hymba_align.eval.result import Sample, TaskResult, read_result
+from hymba_align.metrics import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,7 +117,7 @@ def _training_section(run_root: Path) -> list[str]:
     recipe = _recipe(run_root)
     blocks = []
     for stage in ("sft", "dpo"):
-        records = _records(run_root / stage / "metrics.jsonl")
+        records = read_metrics(run_root / stage)
         losses = [record for record in records if record.get("loss") is not None]
         if losses:
             blocks += [f"### {stage.upper()}", _stage_table(recipe.get(stage) or {}, losses, records)]
@@ -155,12 +155,6 @@ def _stage_table(section: dict[str, Any], losses: list[dict[str, Any]], records:
 def _recipe(run_root: Path) -> dict[str, Any]:
     path = run_root / "recipe.yaml"
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def _sample_section(results: list[tuple[str, str, TaskResult]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,37 +10,36 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_align.checkpoint import write_text
 from hymba_align.errors import HymbaAlignError
+from hymba_align.metrics import append_metrics, read_metrics, rewrite_metrics
 
-METRICS_FILE = "metrics.jsonl"
 LINES_PER_RUN = 20  # progress lines when the output is not a terminal
 
 
-def read_metrics(stage_dir: Path) -> list[dict[str, Any]]:
-    """Records of a stage's metrics.jsonl, oldest first; empty when the stage never logged."""
-    path = stage_dir / METRICS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object per log event; a resumed run first drops records past its checkpoint."""
+    """Appends one JSON object per log event; a resumed run first drops records past its checkpoint.
+
+    TRL counts tokens, those of all processes, from zero again after a resume. `tokens_before` is what earlier sessions
+    trained on and `tokens` the sum, on every process that sees the file.
+    """
 
     def __init__(self, stage_dir: Path) -> None:
-        self.path = stage_dir / METRICS_FILE
-        self.tokens_before = 0  # TRL counts tokens from zero again after a resume
+        self.stage_dir = stage_dir
+        self.tokens_before = self.tokens = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= state.global_step]
-        kept = kept if state.global_step else []
-        self.tokens_before = max((record.get("tokens") or 0 for record in kept), default=0)
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        kept = self.count_earlier_tokens(state)
+        if state.is_world_process_zero:
+            rewrite_metrics(self.stage_dir, kept)
+
+    def count_earlier_tokens(self, state: TrainerState) -> list[dict[str, Any]]:
+        """The records up to the step that training starts from, after reading the tokens off them."""
+        records = read_metrics(self.stage_dir) if state.global_step else []
+        kept = [record for record in records if record["step"] <= state.global_step]
+        self.tokens_before = self.tokens = max((record.get("tokens") or 0 for record in kept), default=0)
+        return kept
 
     def on_log(
         self,
@@ -51,13 +49,13 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not logs:
             return
         values = {key: _finite(value) for key, value in logs.items() if key not in ("num_tokens", "total_flos")}
         if "num_tokens" in logs:
-            values["tokens"] = int(logs["num_tokens"]) + self.tokens_before
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+            values["tokens"] = self.tokens = self.tokens_before + int(logs["num_tokens"])
+        if state.is_world_process_zero:
+            append_metrics(self.stage_dir, {"step": state.global_step, **values})
 
 
 class DivergenceGuard(TrainerCallback):

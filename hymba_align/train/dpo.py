@@ -68,7 +68,7 @@ class SharedPrefixCollator(DataCollatorForPreference):
 
 @quiet_libraries()
 def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict[str, float]:
-    """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`.
+    """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`, checkpoints beside it.
 
     The reference model is the starting point itself, so its log-probabilities are computed once, before training.
 
@@ -107,7 +107,7 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
             callbacks=stage_callbacks("dpo", stage_dir),
         )
     check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
-    return run_stage(trainer, stage_dir, keep_checkpoints="save_total_limit" in section.trainer)
+    return run_stage(trainer, stage_dir)
 
 
 def check_nothing_lost(prepared: Prepared, rows: Dataset, max_length: int) -> None:

@@ -31,7 +31,7 @@ class HymbaSFTTrainer(SparesRecurrence, SFTTrainer):
 
 @quiet_libraries()
 def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict[str, float]:
-    """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`.
+    """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`, checkpoints beside it.
 
     Args:
         start: checkpoint to start from; None for the recipe's base section.
@@ -60,7 +60,7 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
             callbacks=stage_callbacks("sft", stage_dir),
         )
     check_nothing_lost(prepared.dataset, trainer.train_dataset)
-    return run_stage(trainer, stage_dir, keep_checkpoints="save_total_limit" in section.trainer)
+    return run_stage(trainer, stage_dir)
 
 
 def check_nothing_lost(conversations: Dataset, rows: Dataset) -> None:

@@ -72,7 +72,12 @@ def test_rows_that_are_too_long_are_counted_with_the_reason(small: Any, tmp_path
     data = section(tmp_path / "d.jsonl", qa(1), {"question": LONG, "answer": "x\n#### 1"}, {**qa(2), "id": "x"}, qa(3))
     for prepared in (prepare_sft(data, small, 100, seed=0), prepare_preferences(data, small, 100, seed=0)):
         assert (prepared.rows_read, prepared.kept, prepared.dropped) == (4, 3, {"longer than max_length=100": 1})
-        assert "3 of 4 rows kept in 3 conversations; 1 dropped (longer than max_length=100); " in prepared.summary()
+        place = f"{data.path}:2"
+        assert prepared.first_dropped == {"longer than max_length=100": place}
+        assert (
+            f"3 of 4 rows kept in 3 conversations; 1 dropped (longer than max_length=100, first {place}); "
+            in prepared.summary()
+        )
 
 
 def test_the_summary_names_columns_that_nothing_reads() -> None:
@@ -109,6 +114,86 @@ def test_a_row_that_cannot_be_rendered_is_named(small: Any, tmp_path: Path) -> N
     )
     with pytest.raises(RenderError, match=r"d\.jsonl:2: turn 2, the assistant's, is empty"):
         prepare_sft(data, small, 512, seed=0)
+
+
+USER, REPLY = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+EMPTY = {"role": "assistant", "content": " "}
+CONVERSATIONS = [
+    [USER, REPLY],
+    [USER],
+    [USER, EMPTY],
+    [USER, REPLY, USER, EMPTY],
+    [USER, REPLY, {"role": "system", "content": "s"}],
+    [USER, {"role": "bot", "content": "b"}],
+    [],
+    [USER, REPLY],
+]
+
+
+def on_the_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], **settings: Any) -> DataSection:
+    """A section whose hub data set has these rows."""
+    import datasets
+
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: table)
+    return DataSection(path="someone/data", **settings)
+
+
+def test_rows_of_the_hub_that_cannot_be_rendered_are_dropped_and_counted_where_a_files_are_errors(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"messages": messages} for messages in CONVERSATIONS]
+    for number, row in enumerate(rows[1:-1], start=1):
+        data = section(tmp_path / f"{number}.jsonl", rows[0], row)
+        with pytest.raises(RenderError, match=rf"{number}\.jsonl:2: "):
+            prepare_sft(data, small, 512, seed=0)
+    prepared = prepare_sft(on_the_hub(monkeypatch, rows), small, 512, seed=0)
+    assert (prepared.rows_read, prepared.kept) == (8, 2)
+    assert prepared.dropped == {
+        "the conversation has no assistant turn, so there is nothing to train on": 2,
+        "a turn, the assistant's, is empty": 2,
+        "a turn is a system message after other turns": 1,
+        "a turn has the role 'bot'": 1,
+    }
+    assert "; 2 dropped (a turn, the assistant's, is empty, first someone/data: row 3); " in prepared.summary()
+    with pytest.raises(DataError, match=r"^someone/data: none of the 1 rows is left: 1 dropped .the conversation has no"):
+        prepare_sft(on_the_hub(monkeypatch, rows[1:2]), small, 512, seed=0)
+
+
+def test_pairs_of_the_hub_with_an_empty_reply_are_dropped_and_counted(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply, empty = [REPLY], [EMPTY]
+    other = [{"role": "assistant", "content": "b"}]
+    pairs = [(reply, empty), (reply, other), (empty, other), ([], other)]
+    rows = [{"prompt": [USER], "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    prepared = prepare_preferences(on_the_hub(monkeypatch, rows), small, 512, seed=0)
+    assert prepared.dropped == {
+        "a turn, the assistant's, is empty": 2,
+        "the column 'chosen' must begin with the assistant's turn, or repeat 'prompt' before it": 1,
+    }
+    assert [row["rejected"][0]["content"] for row in prepared.dataset] == ["b"]
+
+
+def test_joined_rows_of_the_hub_are_those_that_can_be_used(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [qa(0), {"question": "q", "answer": None}, qa(1), {"question": "q", "answer": ""}, qa(2), qa(3)]
+    joined = on_the_hub(monkeypatch, rows, examples_per_conversation=2)
+    prepared = prepare_sft(joined, small, 512, seed=0)
+    assert prepared.dataset["input_ids"][:] == [
+        render(small, conversation(pair)).input_ids for pair in ([qa(0), qa(1)], [qa(2), qa(3)])
+    ]
+    assert prepared.dropped == {"the column 'answer' is missing": 1, "the column 'answer' is empty": 1}
+    rows[2] = {"question": "q", "answer": "blue"}
+    prepared = prepare_preferences(on_the_hub(monkeypatch, rows, examples_per_conversation=2), small, 512, seed=0)
+    assert [questions(row["prompt"]) for row in prepared.dataset] == [["q0"], ["q0", "q2"], ["q2", "q3"]]
+    assert sum(prepared.dropped.values()) == 3
+
+
+def test_the_summary_sums_up_rare_reasons() -> None:
+    dropped = {f"reason {number}": 10 - number for number in range(9)}
+    summary = Prepared([], 100, 46, dropped, 1, 2, (), {"reason 0": "d:7"}).summary()  # type: ignore[arg-type]
+    assert "; 10 dropped (reason 0, first d:7); 9 dropped (reason 1); " in summary
+    assert "; 5 dropped (reason 5); 9 dropped for other reasons; " in summary
 
 
 def test_schemas_are_refused_where_they_do_not_serve(small: Any, tmp_path: Path) -> None:

@@ -144,6 +144,13 @@ def test_a_missing_file_is_named(name: str) -> None:
     assert f"{name}: no such file; name one that exists, or a hub data set" in refusal(DataSection(path=name))
 
 
+def test_a_hub_data_set_that_cannot_be_read_is_one_sentence() -> None:
+    assert refusal(DataSection(path="no/such")) == (
+        "no/such cannot be read from the Hugging Face hub (Couldn't reach 'no/such' on the Hub (OfflineModeIsEnabled)); "
+        "name a file that exists here, or a data set of the hub"
+    )
+
+
 def test_empty_files_folders_unknown_kinds_and_columns_are_refused(tmp_path: Path) -> None:
     for name, content in {"d.jsonl": "", "blank.jsonl": "\n\n", "d.json": "[]"}.items():
         (tmp_path / name).write_text(content)

@@ -263,6 +263,12 @@ def test_a_template_file_is_read(small: Any, tmp_path: Path) -> None:
 
 
 def test_tokenizers_that_cannot_be_loaded_are_refused(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        load_tokenizer("no/such")
+    assert str(raised.value) == (
+        "'no/such' is neither a tokenizer folder here nor one that the Hugging Face hub gives out; name a folder with "
+        "tokenizer.json, or a hub id while the hub can be reached"
+    )
     with pytest.raises(CheckpointError, match=r"no such tokenizer folder; name a folder with tokenizer\.json"):
         load_tokenizer(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,33 @@ def test_without_files_the_task_asks_the_hub_for_its_own(monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_task(EvalSection())
     assert asked == [{"path": "openai/gsm8k", "name": "main"}]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence() -> None:
+    with pytest.raises(DataError) as raised:
+        load_task(EvalSection())
+    assert str(raised.value) == (
+        "openai/gsm8k cannot be read from the Hugging Face hub (Couldn't reach 'openai/gsm8k' on the Hub "
+        "(OfflineModeIsEnabled)); set gsm8k.train_path and gsm8k.test_path (in a recipe under eval) to local files"
+    )
+
+
+def test_only_the_harness_is_silenced_and_other_libraries_still_reach_the_terminal(
+    look_up: Callable[..., Any], tokenizer: Any, section: EvalSection, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def answer(question: str) -> str:
+        print("a library's warning", file=sys.stderr)
+        sys.stderr.write("half a line, ")
+        print("\nand a last one", file=sys.stderr)
+        return "none</s>"
+
+    score_gsm8k(look_up(answer), tokenizer, section)
+    printed = capfd.readouterr().err
+    assert printed.count("a library's warning\n") == 7
+    assert printed.count("half a line, \nand a last one\n") == 7
+    bars = [part for part in printed.split("\r") if "%|" in part]
+    assert bars
+    assert all(part.startswith("gsm8k: ") for part in bars)
 
 
 @pytest.mark.parametrize(

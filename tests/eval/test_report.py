@@ -80,6 +80,12 @@ def test_training_shows_settings_and_the_loss_at_start_and_end(run_root: Path) -
     assert "### DPO" not in text
 
 
+def test_a_record_that_a_crash_cut_off_is_left_out(run_root: Path) -> None:
+    with (run_root / "sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    assert "| loss at the end | 0.5000 (step 10) |" in write_report(run_root).read_text(encoding="utf-8")
+
+
 def test_three_answers_of_each_stage_with_verdicts_and_no_fence_that_an_answer_can_close(run_root: Path) -> None:
     text = write_report(run_root).read_text(encoding="utf-8")
     samples = text.split("## Sample answers")[1]

@@ -10,7 +10,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hymba_align.errors import HymbaAlignError
-from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress, read_metrics
+from hymba_align.metrics import read_metrics
+from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def test_a_resumed_stage_drops_the_records_that_it_repeats_and_goes_on_counting_
         (2, 0.5, 20),
         (3, 0.25, 30),
     ]
+
+
+def test_a_stage_resumes_behind_a_record_that_a_crash_cut_off(tmp_path: Path, arguments: TrainingArguments) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "tokens": 20}\n{"step": 3, "lo')
+    MetricsFile(tmp_path).on_train_begin(arguments, at_step(2), TrainerControl())
+    MetricsFile(tmp_path).on_log(arguments, at_step(3), TrainerControl(), logs={"loss": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 2, "tokens": 20}, {"step": 3, "loss": 0.5}]
 
 
 def test_a_stage_that_starts_again_starts_an_empty_file(tmp_path: Path, arguments: TrainingArguments) -> None:

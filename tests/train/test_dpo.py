@@ -15,7 +15,8 @@ from hymba_align.data.prepare import prepare_preferences
 from hymba_align.data.sources import load_rows
 from hymba_align.data.template import render
 from hymba_align.recipe import Recipe
-from hymba_align.train.callbacks import read_metrics
+from hymba_align.metrics import read_metrics
+from hymba_align.train import dpo as dpo_module
 from hymba_align.train.common import (
     SparesRecurrence,
     load_start,
@@ -117,6 +118,30 @@ def test_sharing_the_prompt_changes_neither_losses_nor_rewards_nor_gradients(mak
     for name, gradient in gradients[1].items():
         assert gradient is not None, name
         assert_close(gradients[0][name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def load_counting(*given: Any) -> Any:
+        model = load_start(*given)
+        model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2]))
+        return model
+
+    monkeypatch.setattr(dpo_module, "load_start", load_counting)
+    tokens = []
+    for share_prefix in (True, False):
+        seen.clear()
+        recipe = make_recipe(rows=6, share_prefix=share_prefix, activation_checkpointing=False)
+        train_dpo(recipe, None, tmp_path / str(share_prefix))
+        tokens.append(sum(seen))
+    assert recipe.data is not None
+    tokenizer = load_start_tokenizer(recipe, None)
+    prompts = [[{"role": "user", "content": row["question"]}] for row in load_rows(recipe.data)]
+    once = sum(len(render(tokenizer, prompt, add_generation_prompt=True).input_ids) for prompt in prompts)
+    assert tokens[1] - tokens[0] == 2 * once  # in the pass for the reference, and in training
 
 
 def test_a_stage_trains_from_a_checkpoint_and_starts_at_its_own_reference(make_recipe: Any, tmp_path: Path) -> None:

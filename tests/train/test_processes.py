@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hymba_align.train.callbacks import read_metrics
+from hymba_align.metrics import read_metrics
 from hymba_align.train.dpo import train_dpo
 
 WORKER = """
@@ -62,4 +62,5 @@ def test_two_processes_share_data_and_references_and_train_as_one_with_twice_the
     for name, weight in weights[0].items():
         # AdamW divides by the gradient's size, which carries rounding of near-zero gradients to the weight.
         assert (weights[1][name] - weight).abs().mean() < 1e-5, name
-    assert sorted(entry.name for entry in (tmp_path / "two").iterdir()) == ["final", "metrics.jsonl"]
+    left = {entry.name for entry in (tmp_path / "two").iterdir() if not entry.name.startswith("checkpoint-")}
+    assert left == {"final", "metrics.jsonl"}

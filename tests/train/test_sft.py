@@ -22,8 +22,14 @@ from hymba_align.data.template import load_tokenizer, render
 from hymba_align.errors import HymbaAlignError, RecipeError
 from hymba_align.recipe import Recipe
 from hymba_align.train import sft as sft_module
-from hymba_align.train.callbacks import read_metrics
-from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, trainer_arguments
+from hymba_align.metrics import read_metrics
+from hymba_align.train.common import (
+    SparesRecurrence,
+    load_start,
+    load_start_tokenizer,
+    remove_checkpoints,
+    trainer_arguments,
+)
 from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft
 
 
@@ -119,7 +125,8 @@ def test_a_stage_writes_a_checkpoint_that_loads_and_a_record_of_every_step(make_
     assert summary["last_loss"] == records[-1]["loss"]
     assert summary["train_loss"] == pytest.approx(sum(record["loss"] for record in records) / len(records))
     assert summary["tokens"] == records[-1]["tokens"] > 0
-    assert sorted(path.name for path in (tmp_path / "sft").iterdir()) == ["final", "metrics.jsonl"]
+    kept = {"final", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "sft").iterdir() if not path.name.startswith("checkpoint-")} == kept
     assert not (final / "training_args.bin").exists()
 
 
@@ -150,6 +157,9 @@ def test_an_interrupted_stage_resumes_to_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert parts["train_loss"] == whole["train_loss"]
     assert parts["steps"] == whole["steps"] > 4
+    assert parts["tokens"] == whole["tokens"] == read_metrics(tmp_path / "parts")[-2]["tokens"]
+    resumed_tokens = parts["tokens"] - read_metrics(tmp_path / "parts")[1]["tokens"]
+    assert parts["tokens_per_second"] == pytest.approx(resumed_tokens / parts["runtime_s"])
     strip = {"epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
     records = [
         [{key: value for key, value in record.items() if key not in strip} for record in read_metrics(tmp_path / run)]
@@ -186,6 +196,28 @@ def test_a_bug_while_the_trainer_is_built_stays_a_bug(
         train_sft(make_recipe(), None, tmp_path)
 
 
-def test_checkpoints_stay_when_the_recipe_asks_for_them(make_recipe: Any, tmp_path: Path) -> None:
-    train_sft(make_recipe(rows=8, save_total_limit=1), None, tmp_path)
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+@pytest.mark.parametrize("length", [{}, {"max_steps": 3}])
+def test_a_stage_that_ended_before_that_was_recorded_keeps_its_result(
+    make_recipe: Any, tmp_path: Path, length: dict[str, int]
+) -> None:
+    recipe = make_recipe(rows=24, per_device_train_batch_size=1, learning_rate=1e-2, **length)
+    first = train_sft(recipe, None, tmp_path)
+    weights = load_file(tmp_path / "final" / "model.safetensors")
+    assert list(tmp_path.glob("checkpoint-*")), "nothing to resume from"
+    again = train_sft(recipe, None, tmp_path)
+    session = {"runtime_s", "tokens_per_second"}
+    assert {key: again[key] for key in first.keys() - session} == {key: first[key] for key in first.keys() - session}
+    for name, weight in load_file(tmp_path / "final" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_checkpoints_go_once_a_stage_is_recorded_unless_the_recipe_says_how_many_to_keep(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    remove_checkpoints(make_recipe(save_total_limit=1), "sft", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"final", "checkpoint-3"}
+    remove_checkpoints(make_recipe(), "sft", tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert (tmp_path / "final").is_dir()

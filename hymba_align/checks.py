@@ -1,0 +1,188 @@
+"""What can be known about a recipe's inputs before a stage runs, and before anything of an earlier run is touched.
+
+Data is prepared here already: preparation is the check that finds a malformed line, and the stage finds its result
+in the cache.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hymba_align.checkpoint import base_config, check_is_hymba, check_run_folder, read_json
+from hymba_align.errors import DataError, RecipeError
+from hymba_align.launch import inside_launcher, needs_launch, rank
+from hymba_align.recipe import Recipe, TrainingStage, is_local_path, resolved_eval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Settings about processes that exist only once accelerate has started them.
+OF_MANY_PROCESSES = {"deepspeed", "fsdp", "fsdp_config", "parallelism_config"}
+
+# Values that TRL 1.16 refuses only while it trains; delete a key when its configuration class refuses them.
+CHOICES = {
+    "sft.trainer.loss_type": ("nll", "dft"),
+    "dpo.trainer.loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "dpo.trainer.f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
+
+
+def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: bool, ask_hub: bool) -> None:
+    """Raises the UsageError of whatever is wrong with the recipe or with what it names; writes nothing to the run folder.
+
+    Args:
+        stages: those about to be trained, whose data is read.
+        scores: whether anything is about to be scored.
+        ask_hub: whether what is on the hub is fetched, and so checked too.
+    """
+    if rank() == 0:  # others could find the folder half made
+        check_run_folder(recipe)
+    for stage in stages:
+        path = recipe.data_for(stage).path
+        shared = recipe.data is not None and recipe.data.path == path
+        _check_exists("data.path" if shared else f"{stage}.data.path", path)
+    if scores:
+        gsm8k = resolved_eval(recipe).gsm8k
+        _check_exists("eval.gsm8k.test_path", gsm8k.test_path)
+        _check_exists("eval.gsm8k.train_path", gsm8k.train_path)
+    tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
+    context = _checked_context(recipe, tokenizer)
+    _check_lengths(recipe, context, scores=scores)
+    if recipe.launch.accelerate_config is not None:
+        _check_accelerate_config(recipe.launch.accelerate_config)
+    for stage in recipe.training_stages:
+        _check_settings(recipe, stage)
+    if scores:
+        _check_eval_data(recipe, ask_hub=ask_hub)
+    for stage in stages:
+        _check_data(recipe, stage, tokenizer, ask_hub=ask_hub)
+
+
+def _check_exists(key: str, path: str | None) -> None:
+    if path is not None and is_local_path(path) and not Path(path).expanduser().exists():
+        raise DataError(f"{key} is {path}, which does not exist (paths are relative to {Path.cwd().name}/); correct it")
+
+
+def _base_tokenizer(recipe: Recipe, *, ask_hub: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of all stages; None where it is on the hub and nobody is to ask."""
+    from hymba_align.train.common import load_start_tokenizer
+
+    base = recipe.base
+    if base.model is not None and (ask_hub or is_local_path(base.model)):
+        check_is_hymba(base.model, base.revision)  # says more than a folder's missing tokenizer would
+    name = base.tokenizer or base.model
+    if not ask_hub and (name is None or not is_local_path(name)):
+        return None
+    return load_start_tokenizer(recipe, None)
+
+
+def _checked_context(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The base model's context in text tokens; None where its configuration is on the hub."""
+    base = recipe.base
+    if base.model is None:
+        return int(base_config(base, tokenizer).max_position_embeddings) if tokenizer is not None else None
+    if not is_local_path(base.model):
+        return None
+    context = read_json(Path(base.model) / "config.json").get("max_position_embeddings")
+    return context if isinstance(context, int) else None
+
+
+def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None:
+    if context is None:
+        return
+    for stage in recipe.training_stages:
+        max_length = getattr(recipe, stage).max_length
+        if max_length > context:
+            raise RecipeError(f"{stage}.max_length is {max_length}, above the model's context of {context}; lower it")
+    new_tokens = resolved_eval(recipe).max_new_tokens if scores else 0
+    if new_tokens >= context:
+        raise RecipeError(
+            f"eval.max_new_tokens is {new_tokens}, which leaves no room for a prompt in the model's context of {context} "
+            "tokens; lower it"
+        )
+
+
+def _check_accelerate_config(path: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if not Path(path).is_file():
+        raise RecipeError(f"launch.accelerate_config is {path}, which does not exist; accelerate_configs/ holds some")
+    try:
+        config = load_config_from_file(path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"launch.accelerate_config {path} is not an accelerate configuration: {reason}") from error
+    if config.num_machines > 1 and not inside_launcher():
+        raise RecipeError(
+            f"launch.accelerate_config {path} names {config.num_machines} machines; start each of them with 'accelerate "
+            f"launch --config_file {path} --machine_rank N -m hymba_align sft RECIPE' (then dpo)"
+        )
+
+
+def _check_settings(recipe: Recipe, stage: TrainingStage) -> None:
+    """Builds the stage's TRL configuration, which refuses what `trainer_settings` lets pass."""
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    from hymba_align.train.common import quiet_libraries, trainer_arguments, trainer_settings
+
+    settings = trainer_settings(recipe, stage)
+    _check_choices(settings, stage)
+    if inside_launcher():
+        return  # building it would already connect the processes; the stage does so in a moment
+    if needs_launch(recipe):
+        # For processes on another device than this one, which only plans and must not take memory of the first GPU.
+        section = getattr(recipe, stage)
+        kept = {key: value for key, value in section.trainer.items() if key not in OF_MANY_PROCESSES}
+        section = section.model_copy(update={"trainer": {**kept, "use_cpu": True}})
+        recipe = recipe.model_copy(update={stage: section})
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
+        trainer_arguments(recipe, stage, SFTConfig if stage == "sft" else DPOConfig, Path(folder))
+
+
+def _check_choices(settings: Mapping[str, Any], stage: TrainingStage) -> None:
+    for key, choices in CHOICES.items():
+        name = key.removeprefix(f"{stage}.trainer.")
+        given = settings.get(name, [])
+        for value in given if isinstance(given, list) else [given]:
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"the nearest is '{near[0]}'" if near else f"it knows {', '.join(choices)}"
+                raise RecipeError(f"{key} has the value '{value}', which TRL does not know; {hint}")
+    if settings.get("fp16") and settings["use_cpu"]:
+        raise RecipeError(f"{stage}.trainer.fp16 is true, and float16 training needs a GPU; remove it")
+
+
+def _check_eval_data(recipe: Recipe, *, ask_hub: bool) -> None:
+    from hymba_align.eval.gsm8k import load_task
+
+    section = resolved_eval(recipe)
+    local = section.gsm8k.train_path is not None or section.gsm8k.test_path is not None
+    if not local and not ask_hub:
+        return
+    load_task(section)
+
+
+def _check_data(
+    recipe: Recipe, stage: TrainingStage, tokenizer: PreTrainedTokenizerBase | None, *, ask_hub: bool
+) -> None:
+    from hymba_align.data.prepare import prepare_preferences, prepare_sft
+    from hymba_align.data.sources import open_source
+    from hymba_align.train.common import quiet_libraries
+
+    data = recipe.data_for(stage)
+    if not ask_hub and not is_local_path(data.path):
+        return
+    with quiet_libraries():
+        if tokenizer is None:
+            open_source(data)
+        else:
+            prepare = prepare_sft if stage == "sft" else prepare_preferences
+            prepare(data, tokenizer, getattr(recipe, stage).max_length, seed=recipe.seed)
