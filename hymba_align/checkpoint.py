@@ -359,12 +359,7 @@ def build_base(base: BaseSection, tokenizer: PreTrainedTokenizerBase, seed: int)
     """
     if base.model is not None:
         model = load_model(base.model, revision=base.revision, dtype=base.dtype)
-        rows = model.config.vocab_size
-        if rows < len(tokenizer):
-            raise CheckpointError(
-                f"{base.model}: the model has {rows} embeddings and the tokenizer {len(tokenizer)} tokens; "
-                "set base.tokenizer to the model's own"
-            )
+        check_embeddings(base.model, model.config.vocab_size, tokenizer)
         return model
 
     import torch
@@ -376,6 +371,15 @@ def build_base(base: BaseSection, tokenizer: PreTrainedTokenizerBase, seed: int)
         torch.manual_seed(seed)
         model = HymbaForCausalLM(config)
     return model.to(getattr(torch, base.dtype))
+
+
+def check_embeddings(model: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises CheckpointError where a model of that name has fewer embeddings (`rows`) than the tokenizer has tokens."""
+    if rows < len(tokenizer):
+        raise CheckpointError(
+            f"{model}: the model has {rows} embeddings and the tokenizer {len(tokenizer)} tokens; "
+            "set base.tokenizer to the model's own"
+        )
 
 
 def base_config(base: BaseSection, tokenizer: PreTrainedTokenizerBase) -> HymbaConfig:

@@ -7,12 +7,13 @@ in the cache.
 from __future__ import annotations
 
 import difflib
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.checkpoint import base_config, check_is_hymba, check_run_folder, read_json
+from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba, check_run_folder, read_json
 from hymba_align.errors import DataError, RecipeError
 from hymba_align.launch import inside_launcher, needs_launch, rank
 from hymba_align.recipe import Recipe, TrainingStage, is_local_path, resolved_eval
@@ -84,13 +85,16 @@ def _base_tokenizer(recipe: Recipe, *, ask_hub: bool) -> PreTrainedTokenizerBase
 
 
 def _checked_context(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """The base model's context in text tokens; None where its configuration is on the hub."""
+    """The base model's context in text tokens, after checking its vocabulary; None where its configuration is on the hub."""
     base = recipe.base
     if base.model is None:
         return int(base_config(base, tokenizer).max_position_embeddings) if tokenizer is not None else None
     if not is_local_path(base.model):
         return None
-    context = read_json(Path(base.model) / "config.json").get("max_position_embeddings")
+    config = read_json(Path(base.model) / "config.json")
+    if tokenizer is not None and isinstance(config.get("vocab_size"), int):
+        check_embeddings(base.model, config["vocab_size"], tokenizer)
+    context = config.get("max_position_embeddings")
     return context if isinstance(context, int) else None
 
 
@@ -101,12 +105,10 @@ def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None
         max_length = getattr(recipe, stage).max_length
         if max_length > context:
             raise RecipeError(f"{stage}.max_length is {max_length}, above the model's context of {context}; lower it")
-    new_tokens = resolved_eval(recipe).max_new_tokens if scores else 0
-    if new_tokens >= context:
-        raise RecipeError(
-            f"eval.max_new_tokens is {new_tokens}, which leaves no room for a prompt in the model's context of {context} "
-            "tokens; lower it"
-        )
+    if scores:
+        from hymba_align.eval.gsm8k import check_context
+
+        check_context(context, resolved_eval(recipe))
 
 
 def _check_accelerate_config(path: str) -> None:
@@ -131,7 +133,8 @@ def _check_settings(recipe: Recipe, stage: TrainingStage) -> None:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
-    from hymba_align.train.common import quiet_libraries, trainer_arguments, trainer_settings
+    from hymba_align.train.common import quiet_libraries
+    from hymba_align.train.settings import trainer_arguments, trainer_settings
 
     settings = trainer_settings(recipe, stage)
     _check_choices(settings, stage)
@@ -167,7 +170,13 @@ def _check_eval_data(recipe: Recipe, *, ask_hub: bool) -> None:
     local = section.gsm8k.train_path is not None or section.gsm8k.test_path is not None
     if not local and not ask_hub:
         return
-    load_task(section)
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it explains options of its own command line
+    try:
+        load_task(section)
+    finally:
+        logger.setLevel(level)
 
 
 def _check_data(

@@ -2,7 +2,8 @@
 
 Every stage has a fingerprint of all that enters it (its section, its data's bytes, the base, the stage before it, this
 package's version). A stage whose manifest carries that fingerprint as completed is skipped; one that was only started
-with it resumes; any other starts afresh.
+with it resumes; any other starts afresh, after what other inputs left has moved aside, from where it comes back when
+they do. Nothing moves and nothing is written before all inputs were checked (checks.py).
 
 Several processes: this process plans, and starts each training stage through `accelerate launch` with the resolved
 recipe in the run folder. Inside Slurm or torchrun, `sft` and `dpo` use the processes that are there: rank 0 keeps the
@@ -197,7 +198,7 @@ def _run_steps(recipe: Recipe, steps: Sequence[Step], *, dry_run: bool) -> None:
     folder, console = RunFolder(run_root(recipe)), _console()
     waiting = [step for step in steps if not folder.is_complete(step.name, step.fingerprint)]
     stages = [step.stage for step in waiting if step.trains and step.stage != "base"]
-    check_inputs(recipe, stages, scores=any(not step.trains for step in steps), ask_hub=bool(waiting) and not dry_run)
+    check_inputs(recipe, stages, scores=any(not step.trains for step in waiting), ask_hub=bool(waiting) and not dry_run)
     _print_plan(recipe, folder, steps, console)
     if dry_run:
         console.print("Dry run: nothing was run and nothing was written.")

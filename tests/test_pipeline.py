@@ -367,7 +367,7 @@ def test_what_is_wrong_is_said_before_the_first_stage(
 def test_what_is_wrong_is_said_in_a_dry_run_too(recipe_file: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n{\n")
 
-    with pytest.raises(UsageError, match="bad.jsonl:2: malformed JSON"):
+    with pytest.raises(UsageError, match=r"bad\.jsonl:2: malformed JSON"):
         pipeline.run_recipe(load_recipe(recipe_file, [f"dpo.data.path={tmp_path}/bad.jsonl"]), dry_run=True)
 
 

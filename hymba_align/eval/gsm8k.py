@@ -48,9 +48,10 @@ def score_gsm8k(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sect
     from lm_eval.evaluator import evaluate
 
     started = time.perf_counter()
-    context = _check_context(model, section)
+    context = int(model.config.max_position_embeddings)
+    check_context(context, section)
+    task = load_task(section)
     with _quiet() as terminal:
-        task = load_task(section)
         lm = chat_model(model, tokenizer, section, terminal=terminal, max_length=context)
         results = evaluate(
             lm=lm,
@@ -103,7 +104,8 @@ def load_task(section: EvalSection) -> Task:
     config["num_fewshot"] = section.gsm8k.num_fewshot
     config.update(_local_data(section) or _hub_data(config["dataset_path"], config["dataset_name"]))
     # Without `include_defaults=False` the harness first reads all its thousands of task files.
-    task: Task = TaskManager(include_defaults=False).load([config])["tasks"]["gsm8k"]
+    with _quiet():
+        task: Task = TaskManager(include_defaults=False).load([config])["tasks"]["gsm8k"]
     task.set_fewshot_seed(FEWSHOT_SEED)
     return task
 
@@ -208,15 +210,13 @@ def chat_model(
     )
 
 
-def _check_context(model: PreTrainedModel, section: EvalSection) -> int:
-    """The model's context in text tokens, when answers leave room for a prompt."""
-    context = int(model.config.max_position_embeddings)
+def check_context(context: int, section: EvalSection) -> None:
+    """Raises RecipeError when answers leave no room for a prompt in a model's context of so many text tokens."""
     if section.max_new_tokens >= context:
         raise RecipeError(
             f"eval.max_new_tokens is {section.max_new_tokens}, which leaves no room for a prompt in the model's context "
             f"of {context} tokens; lower it"
         )
-    return context
 
 
 @contextlib.contextmanager

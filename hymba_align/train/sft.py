@@ -18,11 +18,9 @@ from hymba_align.train.common import (
     prepare_once,
     quiet_libraries,
     run_stage,
-    settings_refused_by_trl,
     stage_callbacks,
-    stage_section,
-    trainer_arguments,
 )
+from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 
 
 class HymbaSFTTrainer(SparesRecurrence, SFTTrainer):

@@ -57,7 +57,16 @@ def test_training_and_test_share_no_problem(problems: tuple[list[Problem], list[
     assert not {(p.family, p.numbers) for p in train} & {(p.family, p.numbers) for p in test}
     assert len({p.question for p in train}) == len(train) == 4800
     assert len({p.question for p in test}) == len(test) == 200
-    assert len({(p.family, p.numbers) for p in test}) >= 150
+
+
+def test_the_card_says_how_many_different_problems_the_test_questions_are(
+    problems: tuple[list[Problem], list[Problem]],
+) -> None:
+    asked = Counter((p.family, p.numbers) for p in problems[1])
+    assert (sum(asked.values()), len(asked)) == (200, 164)
+    assert max(asked.values()) == 2
+    card = " ".join((SHIPPED / "README.md").read_text(encoding="utf-8").split())
+    assert "The 200 test questions are 164 different problems, some of them asked twice" in card
 
 
 def test_questions_state_their_numbers_so_that_the_split_can_be_checked_on_the_files(

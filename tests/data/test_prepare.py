@@ -95,7 +95,9 @@ def test_the_summary_names_columns_that_nothing_reads() -> None:
 def test_nothing_left_is_an_error(small: Any, tmp_path: Path) -> None:
     data = section(tmp_path / "d.jsonl", qa(1), qa(2))
     for prepare_stage in (prepare_sft, prepare_preferences):
-        with pytest.raises(DataError, match="none of the 2 rows is left \\(2 longer than max_length=9\\); raise max_l"):
+        with pytest.raises(
+            DataError, match=r"none of the 2 rows is left: 2 dropped \(longer than max_length=9, first .*:1\); raise"
+        ):
             prepare_stage(data, small, 9, seed=0)
 
 
@@ -156,7 +158,9 @@ def test_rows_of_the_hub_that_cannot_be_rendered_are_dropped_and_counted_where_a
         "a turn has the role 'bot'": 1,
     }
     assert "; 2 dropped (a turn, the assistant's, is empty, first someone/data: row 3); " in prepared.summary()
-    with pytest.raises(DataError, match=r"^someone/data: none of the 1 rows is left: 1 dropped .the conversation has no"):
+    with pytest.raises(
+        DataError, match=r"^someone/data: none of the 1 rows is left: 1 dropped .the conversation has no"
+    ):
         prepare_sft(on_the_hub(monkeypatch, rows[1:2]), small, 512, seed=0)
 
 

@@ -10,31 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from hymba_align.checkpoint import base_config
 from hymba_align.data.template import load_tokenizer
 from hymba_align.model import HymbaConfig, HymbaForCausalLM
-from hymba_align.recipe import EvalSection, GSM8KSection
+from hymba_align.recipe import BaseSection, EvalSection, GSM8KSection
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "arithmetic"
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "v_head_dim": 32,
-    "mamba_expand": 2,
-    "mamba_d_state": 4,
-    "mamba_d_conv": 4,
-    "mamba_dt_rank": 2,
-    "num_memory_tokens": 4,
-    "sliding_window": 32,
-    "global_attn_idx": [0],
-    "kv_reuse_group": [],
-    "rope_type": None,
-    "max_position_embeddings": 2048,
-    "orig_max_position_embeddings": 2048,
-}
 
 
 class LookUp(HymbaForCausalLM):
@@ -60,29 +42,24 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def model(tokenizer: Any) -> HymbaForCausalLM:
-    torch.manual_seed(0)
-    return HymbaForCausalLM(_config(tokenizer)).eval()
+def config(tokenizer: Any, small_base: dict[str, Any]) -> HymbaConfig:
+    return base_config(BaseSection(**small_base), tokenizer)
 
 
 @pytest.fixture
-def look_up(tokenizer: Any) -> Callable[[Callable[[str], str]], LookUp]:
+def model(config: HymbaConfig) -> HymbaForCausalLM:
+    torch.manual_seed(0)
+    return HymbaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def look_up(tokenizer: Any, config: HymbaConfig) -> Callable[[Callable[[str], str]], LookUp]:
     def make(answers: Callable[[str], str]) -> LookUp:
-        model = LookUp(_config(tokenizer)).eval()
+        model = LookUp(config).eval()
         model.answers, model.tokenizer, model.given = answers, tokenizer, []
         return model
 
     return make
-
-
-def _config(tokenizer: Any) -> HymbaConfig:
-    return HymbaConfig(
-        **SHAPE,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from hymba_align.checkpoint import run_root
 from hymba_align.cli import main
 from hymba_align.recipe import TRAINING_STAGES, is_local_path, load_recipe
-from hymba_align.train.common import trainer_settings
+from hymba_align.train.settings import trainer_settings
 
 RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml"))
 ACCELERATE = sorted(Path("accelerate_configs").glob("*.yaml"))

@@ -11,30 +11,11 @@ import pytest
 from hymba_align.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "v_head_dim": 32,
-    "mamba_expand": 2,
-    "mamba_d_state": 4,
-    "mamba_d_conv": 4,
-    "mamba_dt_rank": 2,
-    "num_memory_tokens": 4,
-    "sliding_window": 32,
-    "global_attn_idx": [0],
-    "kv_reuse_group": [],
-    "rope_type": None,
-    "max_position_embeddings": 512,
-    "orig_max_position_embeddings": 512,
-}
 MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture
-def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
+def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_base: dict[str, Any]) -> MakeRecipe:
     """Builds the recipe; keyword arguments become trainer settings of both stages."""
     import datasets
 
@@ -46,7 +27,7 @@ def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
             {
                 "name": "tiny",
                 "seed": 7,
-                "base": {"config": SHAPE, "tokenizer": str(ROOT / "data" / "arithmetic" / "tokenizer")},
+                "base": {**small_base, "tokenizer": str(ROOT / small_base["tokenizer"])},
                 "data": {"path": str(ROOT / "data" / "arithmetic" / "train.jsonl"), "max_rows": rows},
                 **({"sft": {"max_length": 256, "trainer": settings}} if sft else {}),
                 "dpo": {"max_length": 256, "share_prefix": share_prefix, "trainer": settings},

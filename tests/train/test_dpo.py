@@ -14,17 +14,12 @@ from hymba_align.checkpoint import load_model
 from hymba_align.data.prepare import prepare_preferences
 from hymba_align.data.sources import load_rows
 from hymba_align.data.template import render
-from hymba_align.recipe import Recipe
 from hymba_align.metrics import read_metrics
+from hymba_align.recipe import Recipe
 from hymba_align.train import dpo as dpo_module
-from hymba_align.train.common import (
-    SparesRecurrence,
-    load_start,
-    load_start_tokenizer,
-    quiet_libraries,
-    trainer_arguments,
-)
+from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, quiet_libraries
 from hymba_align.train.dpo import HymbaDPOTrainer, SharedPrefixCollator, train_dpo
+from hymba_align.train.settings import trainer_arguments
 
 PAIR = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]}
 
@@ -109,15 +104,18 @@ def test_sharing_the_prompt_changes_neither_losses_nor_rewards_nor_gradients(mak
         losses.append(loss.detach())
         gradients.append({name: parameter.grad for name, parameter in trainer.model.named_parameters()})
         metrics.append({key: values[0] for key, values in trainer._metrics["train"].items()})
-    assert_close(references[0], references[1], atol=1e-5, rtol=1e-6)  # float32 on the CPU
-    assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
+    # float32 on the CPU. Sums of log-probabilities are about 200, where neighbouring numbers are 1.5e-5 apart.
+    assert_close(references[0], references[1], atol=3e-5, rtol=0)  # observed 0
+    assert_close(losses[0], losses[1], atol=5e-7, rtol=0)  # observed 6e-8
     assert metrics[0].keys() == metrics[1].keys()
     assert abs(metrics[1]["rewards/margins"]) > 1e-4
     for key, value in metrics[1].items():
-        assert metrics[0][key] == pytest.approx(value, abs=1e-4 if key.startswith("logps") else 1e-5), key
+        within = 3e-5 if key.startswith("logps") else 1e-6  # observed 0 and 2e-7
+        assert metrics[0][key] == pytest.approx(value, abs=within, rel=0), key
     for name, gradient in gradients[1].items():
         assert gradient is not None, name
-        assert_close(gradients[0][name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        # observed 1.6e-7 of gradients up to 0.3
+        assert_close(gradients[0][name], gradient, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
@@ -151,8 +149,8 @@ def test_a_stage_trains_from_a_checkpoint_and_starts_at_its_own_reference(make_r
     tokenizer.save_pretrained(tmp_path / "start")
     summary = train_dpo(recipe, tmp_path / "start", tmp_path / "dpo")
     records = [record for record in read_metrics(tmp_path / "dpo") if "loss" in record]
-    assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)  # log 2: policy equals reference
-    assert records[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # log 2: policy equals reference; observed 2e-7
+    assert records[0]["rewards/margins"] == pytest.approx(0, abs=3e-6)  # observed 4e-7
     assert summary["last_loss"] < 0.5
     assert summary["rewards/margins"] > 0.5
     load_model(tmp_path / "dpo" / "final")
@@ -161,8 +159,9 @@ def test_a_stage_trains_from_a_checkpoint_and_starts_at_its_own_reference(make_r
 def test_without_precomputed_references_training_is_the_same(make_recipe: Any, tmp_path: Path) -> None:
     losses = []
     for precompute in (True, False):
-        recipe = make_recipe(rows=4, learning_rate=1e-3, precompute_ref_log_probs=precompute)
+        recipe = make_recipe(rows=8, learning_rate=1e-2, warmup_steps=0, precompute_ref_log_probs=precompute)
         train_dpo(recipe, None, tmp_path / str(precompute))
         losses.append([record["loss"] for record in read_metrics(tmp_path / str(precompute)) if "loss" in record])
-    assert len(losses[0]) == 2
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(losses[0]) == 4
+    assert losses[0][1:] != pytest.approx([losses[0][0]] * 3, abs=1e-2), "no step left the reference"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6, rel=0)  # float32 on the CPU; observed 0

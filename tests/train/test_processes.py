@@ -55,12 +55,13 @@ def test_two_processes_share_data_and_references_and_train_as_one_with_twice_the
     one, two = ([record for record in read_metrics(tmp_path / run) if "loss" in record] for run in ("one", "two"))
     assert [record["step"] for record in two] == [1, 2]
     for ours, theirs in zip(one, two, strict=True):
-        for key in ("loss", "rewards/margins", "logps/chosen"):
-            assert theirs[key] == pytest.approx(ours[key], abs=1e-4), key
+        # float32 on the CPU; observed 6e-7, 1.1e-6 and 0 (of -172, where neighbouring numbers are 1.5e-5 apart)
+        for key, within in (("loss", 5e-6), ("rewards/margins", 1e-5), ("logps/chosen", 5e-5)):
+            assert theirs[key] == pytest.approx(ours[key], abs=within, rel=0), key
         assert theirs["tokens"] == ours["tokens"]
     weights = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("one", "two")]
     for name, weight in weights[0].items():
         # AdamW divides by the gradient's size, which carries rounding of near-zero gradients to the weight.
-        assert (weights[1][name] - weight).abs().mean() < 1e-5, name
+        assert (weights[1][name] - weight).abs().mean() < 3e-8, name  # observed 4e-9, in one weight 6e-6
     left = {entry.name for entry in (tmp_path / "two").iterdir() if not entry.name.startswith("checkpoint-")}
     assert left == {"final", "metrics.jsonl"}

@@ -9,7 +9,7 @@ import pytest
 from trl import SFTConfig
 
 from hymba_align.errors import RecipeError
-from hymba_align.train.common import trainer_arguments, trainer_settings
+from hymba_align.train.settings import trainer_arguments, trainer_settings
 
 
 def test_the_defaults_are_the_published_rates_one_cosine_epoch(make_recipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,11 @@ from hymba_align.data.prepare import prepare_sft
 from hymba_align.data.sources import load_rows
 from hymba_align.data.template import load_tokenizer, render
 from hymba_align.errors import HymbaAlignError, RecipeError
+from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import sft as sft_module
-from hymba_align.metrics import read_metrics
-from hymba_align.train.common import (
-    SparesRecurrence,
-    load_start,
-    load_start_tokenizer,
-    remove_checkpoints,
-    trainer_arguments,
-)
+from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, remove_checkpoints
+from hymba_align.train.settings import trainer_arguments
 from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft
 
 
@@ -207,6 +203,19 @@ def test_a_stage_that_ended_before_that_was_recorded_keeps_its_result(
     again = train_sft(recipe, None, tmp_path)
     session = {"runtime_s", "tokens_per_second"}
     assert {key: again[key] for key in first.keys() - session} == {key: first[key] for key in first.keys() - session}
+    for name, weight in load_file(tmp_path / "final" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_stage_that_ended_within_an_epoch_and_lost_its_final_trains_no_step_too_many(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = make_recipe(rows=24, per_device_train_batch_size=1, learning_rate=1e-2, max_steps=3, save_steps=1)
+    first = train_sft(recipe, None, tmp_path)
+    weights = load_file(tmp_path / "final" / "model.safetensors")
+    shutil.rmtree(tmp_path / "final")
+    again = train_sft(recipe, None, tmp_path)
+    assert (again["steps"], again["tokens"]) == (first["steps"], first["tokens"])
     for name, weight in load_file(tmp_path / "final" / "model.safetensors").items():
         assert torch.equal(weight, weights[name]), name
 

@@ -1,0 +1,186 @@
+"""A training stage's settings: our defaults below the recipe's, checked against TRL's own configuration classes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from hymba_align.errors import RecipeError
+from hymba_align.recipe import DPOSection, Recipe, SFTSection, TrainingStage
+
+if TYPE_CHECKING:
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+ConfigT = TypeVar("ConfigT", bound="SFTConfig | DPOConfig")
+
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 5e-5, "packing": True, "packing_strategy": "bfd"},
+    "dpo": {"learning_rate": 3e-6, "precompute_ref_log_probs": True},
+}
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "logging_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 0.2,  # below 1: a share of all steps
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+# Trainer fields that a recipe may not set, and where the value comes from instead.
+OWNED: dict[str, str] = {
+    "output_dir": "stages write into the run folder; set the recipe's output_dir",
+    "max_length": "set {stage}.max_length",
+    "seed": "set the recipe's seed",
+    "remove_unused_columns": "the collators need the columns that TRL keeps",
+    "resume_from_checkpoint": "an interrupted stage resumes by itself",
+    "logging_nan_inf_filter": "losses that are not finite must stop the run",
+    "disable_tqdm": "progress is shown by hymba-align",
+    "model_init_kwargs": "the model is described in base",
+    "trust_remote_code": "Hymba is native here and needs no remote code",
+    "router_aux_loss_coef": "Hymba has one expert per layer and no router loss",
+    "eos_token": "it comes from the tokenizer (base.tokenizer)",
+    "pad_token": "it comes from the tokenizer (base.tokenizer)",
+    "padding_free": "batches become segments inside the model, so padding already costs nothing",
+    "chat_template_path": "set base.chat_template",
+    "assistant_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
+    "completion_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
+    "dataset_text_field": "data arrives as conversations, tokenized by the chat template",
+    "dataset_kwargs": "data arrives as conversations, tokenized by the chat template",
+}
+POSITIVE = {"learning_rate", "num_train_epochs", "beta"}
+AT_LEAST_ONE = {"per_device_train_batch_size", "gradient_accumulation_steps", "precompute_ref_batch_size"}
+NOT_NEGATIVE = {"weight_decay", "max_grad_norm", "save_total_limit"}
+
+
+def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
+    """Fields for `SFTConfig` / `DPOConfig`, without output_dir: our defaults overlaid by `recipe.<stage>.trainer`.
+
+    Raises:
+        RecipeError: an unknown, owned or ill-typed key, with the nearest valid one.
+    """
+    section = stage_section(recipe, stage)
+    given = _checked(section.trainer, stage)
+    use_cpu = given.get("use_cpu", not torch.cuda.is_available())
+    return {
+        **DEFAULTS,
+        **STAGE_DEFAULTS[stage],
+        "use_cpu": use_cpu,
+        "activation_checkpointing": not use_cpu,
+        "bf16": not use_cpu and not given.get("fp16", False) and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": not use_cpu,
+        **given,
+        "max_length": section.max_length,
+        "seed": recipe.seed,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def stage_section(recipe: Recipe, stage: TrainingStage) -> SFTSection | DPOSection:
+    """The recipe's section of a stage. Raises: RecipeError when the recipe has none."""
+    section = recipe.sft if stage == "sft" else recipe.dpo
+    if section is None:
+        raise RecipeError(f"the recipe has no {stage} section; add one to run this stage")
+    return section
+
+
+def trainer_arguments(recipe: Recipe, stage: TrainingStage, config_class: type[ConfigT], stage_dir: Path) -> ConfigT:
+    """The TRL configuration of a stage. Raises: RecipeError for what TRL or transformers refuse."""
+    settings = trainer_settings(recipe, stage)
+    try:
+        return config_class(output_dir=str(stage_dir), **settings)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"{stage}.trainer is refused by {config_class.__name__}: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def settings_refused_by_trl(stage: TrainingStage) -> Iterator[None]:
+    """Turns what a trainer's own checks raise while it is built into a RecipeError; other errors pass unchanged."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+        if not module.startswith(("trl.trainer", "transformers.trainer")):
+            raise
+        raise RecipeError(f"{stage}.trainer is refused by TRL: {_one_line(error)}") from error
+
+
+def _checked(given: dict[str, Any], stage: TrainingStage) -> dict[str, Any]:
+    """The recipe's trainer settings with values in the types that the TRL configuration declares."""
+    config_class = _config_class(stage)
+    types = typing.get_type_hints(config_class)
+    fields = [field.name for field in dataclasses.fields(config_class) if field.init]
+    checked = {}
+    for key, value in given.items():
+        where = f"{stage}.trainer.{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; its fields are listed in TRL's documentation"
+            raise RecipeError(f"{where} is not a field of {config_class.__name__}{hint}")
+        if key in OWNED:
+            raise RecipeError(f"{where} cannot be set: {OWNED[key].format(stage=stage)}")
+        checked[key] = _typed(where, key, value, types[key])
+    _refuse_combinations(checked, stage)
+    # transformers 5 warns at the old name and drops it in version 6; TRL still declares it.
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if old in checked:
+            checked.setdefault(old.replace("gradient", "activation"), checked.pop(old))
+    return checked
+
+
+def _typed(where: str, key: str, value: Any, expected: Any) -> Any:
+    """The value in its declared type (YAML reads 5e-5 as text), within its range."""
+    try:
+        typed = TypeAdapter(expected).validate_python(value)
+    except ValidationError as error:
+        reasons = " or ".join(dict.fromkeys(detail["msg"] for detail in error.errors()))
+        raise RecipeError(f"{where} is {value!r}: {reasons[0].lower() + reasons[1:]}") from error
+    for keys, holds, words in (
+        (POSITIVE, lambda number: number > 0, "above 0"),
+        (AT_LEAST_ONE, lambda number: number >= 1, "1 or more"),
+        (NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
+    ):
+        if key in keys and typed is not None and not holds(typed):
+            raise RecipeError(f"{where} is {value!r}; it must be {words}")
+    return typed
+
+
+def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None:
+    """Raises for values that TRL accepts and that would train something else than asked."""
+    if settings.get("packing_strategy") == "wrapped":
+        raise RecipeError(
+            "sft.trainer.packing_strategy is 'wrapped', which cuts conversations and keeps no boundary between them; "
+            "use 'bfd'"
+        )
+    accelerator = settings.get("accelerator_config")
+    if stage == "dpo" and isinstance(accelerator, dict) and accelerator.get("dispatch_batches"):
+        raise RecipeError(
+            "dpo.trainer.accelerator_config.dispatch_batches is true, which would separate chosen from rejected; "
+            "remove it"
+        )
+
+
+def _config_class(stage: TrainingStage) -> type[Any]:
+    # Takes several seconds, so only once a recipe is being trained or checked.
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig if stage == "sft" else DPOConfig
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
