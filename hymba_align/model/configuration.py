@@ -15,6 +15,9 @@ from transformers import PreTrainedConfig
 REMOTE_CODE = "nvidia/Hymba-1.5B-Base"
 """The hub repository that holds the released modeling code: what we write opens there too."""
 
+RELEASED_ATTENTION = "flex"
+"""`attn_implementation` in released files: a choice of the released code, not one of transformers'."""
+
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "attn_hidden_size": (-1,),
@@ -116,13 +119,14 @@ class HymbaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         released = {key: kwargs.pop(key, values[0]) for key, values in FIXED.items()}
         released |= {key: kwargs.pop(key) for key in CARRIED if key in kwargs}
-        if kwargs.get("attn_implementation") == "flex":  # the released files' own choice, not one of transformers'
-            released["attn_implementation"] = kwargs.pop("attn_implementation")
+        if kwargs.get("attn_implementation") == RELEASED_ATTENTION:
+            del kwargs["attn_implementation"]
         self.global_attn_idx = list(self.global_attn_idx)
         self.kv_reuse_group = [list(group) for group in self.kv_reuse_group]
         auto_map = kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self._released = {**CARRIED, **released}
+        defaults = {"attn_implementation": RELEASED_ATTENTION, "seq_length": self.max_position_embeddings}
+        self._released = {**CARRIED, **defaults, **released}
         self._released["auto_map"] = _qualified_auto_map(auto_map)
         self._check_fixed(released)
         self._check_shape()

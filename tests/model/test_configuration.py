@@ -100,6 +100,18 @@ def test_a_contradictory_config_is_a_value_error_that_names_the_key(changes: dic
         small(**changes)
 
 
+def test_a_new_config_is_written_with_every_key_that_a_released_one_has(tmp_path: Path) -> None:
+    config = small()
+    config.dtype = torch.float32
+    config.architectures = ["HymbaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert set(written) == set(json.loads((TINY / "config.json").read_text()))
+    assert written["attn_implementation"] == "flex"
+    assert config._attn_implementation is None
+    assert small(attn_implementation="sdpa")._attn_implementation == "sdpa"
+
+
 def test_the_router_settings_stay_out_of_trls_sight() -> None:
     config = small(router_aux_loss_coef=0.001, output_router_logits=False)
     assert not hasattr(config, "output_router_logits")
