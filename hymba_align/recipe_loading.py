@@ -41,6 +41,13 @@ class _CoreLoader(yaml.SafeLoader):
 class _CoreDumper(yaml.SafeDumper):
     """A safe dumper that quotes whatever YAML 1.1 or 1.2 would take for something other than a word."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text with line breaks (Unicode's too) in double quotes: read back from any other style they become spaces."""
+        style = '"' if len(data.splitlines()) > 1 or data != data.rstrip("\n\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_CoreDumper.add_representer(str, _CoreDumper.represent_str)
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

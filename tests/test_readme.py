@@ -40,7 +40,9 @@ def commands(program: str) -> list[list[str]]:
 def test_the_readme_shows_the_two_commands_and_make_knows_them() -> None:
     assert commands("make") == [["make", "demo"], ["make", "test"]]
     for target, expected in (("demo", "hymba-align run recipes/tiny/arithmetic.yaml"), ("test", "-m pytest")):
-        printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(
+            ["make", "--no-print-directory", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         assert expected in printed.splitlines()[-1]
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hymba_align.errors import RecipeError
@@ -280,6 +280,7 @@ values = st.recursive(
 
 
 @given(value=values)
+@example(value="\x85")  # a line break to YAML, which reads it back as a space unless it is escaped
 def test_every_trainer_value_survives_the_run_folders_recipe(
     tmp_path_factory: pytest.TempPathFactory, value: object
 ) -> None:
