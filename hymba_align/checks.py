@@ -68,7 +68,7 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
 
 def _check_exists(key: str, path: str | None) -> None:
     if path is not None and is_local_path(path) and not Path(path).expanduser().exists():
-        raise DataError(f"{key} is {path}, which does not exist (paths are relative to {Path.cwd().name}/); correct it")
+        raise DataError(f"{key} is {path}, which does not exist (looked for {Path(path).absolute()}); correct it")
 
 
 def _base_tokenizer(recipe: Recipe, *, ask_hub: bool) -> PreTrainedTokenizerBase | None:

@@ -24,7 +24,9 @@ INTERRUPTED = 130
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and stop.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check the recipe and the files that are here, print the plan, and stop."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +125,9 @@ def _run_training_stage(stage: str, recipe: Path, overrides: tuple[str, ...], dr
 @click.argument("checkpoint")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--tasks", default="gsm8k", show_default=True, help="What to score, separated by commas.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for scores and samples.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for scores and samples.  [default: runs/eval/CHECKPOINT]"
+)
 @click.option(
     "--chat-template",
     default="hymba",

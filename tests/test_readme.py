@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -46,23 +47,31 @@ def test_the_readme_shows_the_two_commands_and_make_knows_them() -> None:
         assert expected in printed.splitlines()[-1]
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_and_the_python_snippet_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = commands("hymba-align")
-    assert [words[1] for words in shown] == ["run", "sft", "dpo", "eval", "run"]
+    assert [words[1] for words in shown] == ["run", "sft", "dpo", "eval", "run", "run", "run"]
     for name in ("data", "recipes", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    (tmp_path / "my.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 3, encoding="utf-8")
     monkeypatch.chdir(tmp_path)  # so that `runs/` is not the developer's own
     for words in shown:
-        small = [] if "--dry-run" in words else ["max_new_tokens=4"] if words[1] == "eval" else SMALL
-        assert main([*words[1:], *small]) == 0, words
+        changes = SMALL
+        if "--dry-run" in words or words[1] == "eval":
+            changes = ["max_new_tokens=4"] if words[1] == "eval" else []
+        elif "dpo=null" in words:
+            changes = [change for change in SMALL if not change.startswith(("dpo.", "eval."))]
+        assert main([*words[1:], *changes]) == 0, words
     assert (tmp_path / "runs" / "arithmetic" / "report.md").is_file()
+    assert (tmp_path / "runs" / "mine" / "sft" / "final" / "model.safetensors").is_file()
 
-
-def test_the_python_snippet_of_the_readme_runs() -> None:
-    (snippet,) = blocks("python")
+    (snippet,) = blocks("python")  # which loads what those commands left
     scope: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), scope)
     assert type(scope["model"]).__name__ == "HymbaForCausalLM"
+    assert len(scope["answers"]) == 2
 
 
 def test_the_file_map_names_only_what_exists_and_every_module_of_the_top_level() -> None:

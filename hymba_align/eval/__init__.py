@@ -23,10 +23,11 @@ def evaluate(
     """
     import torch
 
-    from hymba_align.checkpoint import load_model
+    from hymba_align.checkpoint import check_is_hymba, load_model
     from hymba_align.data.template import load_tokenizer
     from hymba_align.eval.gsm8k import score_gsm8k
 
+    check_is_hymba(checkpoint, None)  # before the tokenizer, whose absence would hide it
     cuda = torch.cuda.is_available()
     tokenizer = load_tokenizer(str(checkpoint), chat_template=chat_template)
     model = load_model(str(checkpoint), dtype="bfloat16" if cuda else "float32")

@@ -120,7 +120,8 @@ def _local_data(section: EvalSection) -> dict[str, Any]:
         return {}
     if test is None:
         raise RecipeError(
-            "eval.gsm8k.test_path is missing beside train_path; give both files, or neither for the hub's"
+            f"eval.gsm8k.test_path is missing: training data is also the source of few-shot examples, and no test.jsonl lies beside "
+            f"{train}; set the path, or leave scoring out with eval=null"
         )
     splits = {"test": _read(test, "eval.gsm8k.test_path", at_least=1)}
     if not shots:

@@ -210,7 +210,7 @@ def test_only_the_harness_is_silenced_and_other_libraries_still_reach_the_termin
         (
             '{"question": "1?", "answer": "#### 1"}',
             None,
-            "eval.gsm8k.test_path is missing beside train_path; give both",
+            "eval.gsm8k.test_path is missing: training data is also",
         ),
         ("ok", '{"question": "1?", "answer": "#### 1"}\n{"question": ', "test.jsonl:2"),
         (
