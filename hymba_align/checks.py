@@ -10,6 +10,7 @@ import difflib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,8 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
     if rank() == 0:  # others could find the folder half made
         check_run_folder(recipe)
     for stage in stages:
-        path = recipe.data_for(stage).path
-        shared = recipe.data is not None and recipe.data.path == path
-        _check_exists("data.path" if shared else f"{stage}.data.path", path)
+        for place, source in enumerate(recipe.data_for(stage).all_sources):
+            _check_exists(_source_key(recipe, stage, place), source.path)
     if scores:
         gsm8k = resolved_eval(recipe).gsm8k
         _check_exists("eval.gsm8k.test_path", gsm8k.test_path)
@@ -66,8 +66,19 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
         _check_data(recipe, stage, tokenizer, ask_hub=ask_hub)
 
 
+def _source_key(recipe: Recipe, stage: TrainingStage, place: int) -> str:
+    """The key of the recipe that names a stage's source."""
+    data = recipe.data_for(stage)
+    general = recipe.data
+    shared = general is not None and (general.path, general.sources) == (data.path, data.sources)
+    key = f"sources[{place}].path" if data.sources else "path"
+    return f"data.{key}" if shared else f"{stage}.data.{key}"
+
+
 def _check_exists(key: str, path: str | None) -> None:
-    if path is not None and is_local_path(path) and not Path(path).expanduser().exists():
+    if path is None or not is_local_path(path) or has_magic(path):
+        return
+    if not Path(path).expanduser().exists():
         raise DataError(f"{key} is {path}, which does not exist (looked for {Path(path).absolute()}); correct it")
 
 
@@ -183,15 +194,18 @@ def _check_data(
     recipe: Recipe, stage: TrainingStage, tokenizer: PreTrainedTokenizerBase | None, *, ask_hub: bool
 ) -> None:
     from hymba_align.data.prepare import prepare_preferences, prepare_sft
-    from hymba_align.data.sources import open_source
+    from hymba_align.data.reading.sources import open_source
     from hymba_align.train.common import quiet_libraries
 
     data = recipe.data_for(stage)
-    if not ask_hub and not is_local_path(data.path):
+    if not ask_hub and not all(is_local_path(source.path) for source in data.all_sources):
         return
     with quiet_libraries():
         if tokenizer is None:
-            open_source(data)
-        else:
-            prepare = prepare_sft if stage == "sft" else prepare_preferences
-            prepare(data, tokenizer, getattr(recipe, stage).max_length, seed=recipe.seed)
+            for source in data.all_sources:
+                next(open_source(source).chunks())
+            return
+        prepare = prepare_sft if stage == "sft" else prepare_preferences
+        prepared = prepare(data, tokenizer, getattr(recipe, stage).max_length, seed=recipe.seed)
+        if data.streaming:
+            next(iter(prepared.dataset))  # a stream is made only as far as it is read

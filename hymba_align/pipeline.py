@@ -29,7 +29,7 @@ from hymba_align.checkpoint import (
     run_root,
 )
 from hymba_align.checks import check_inputs
-from hymba_align.errors import HymbaAlignError, RecipeError, RunFolderError, UsageError
+from hymba_align.errors import DataError, HymbaAlignError, RecipeError, RunFolderError, UsageError
 from hymba_align.launch import (
     STARTED_BY_US,
     free_gpu_memory,
@@ -40,7 +40,7 @@ from hymba_align.launch import (
     rank,
     use_one_gpu,
 )
-from hymba_align.recipe import Recipe, Stage, TrainingStage, resolved_eval
+from hymba_align.recipe import DataSection, Recipe, Stage, TrainingStage, resolved_eval
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,7 +159,7 @@ def plan(recipe: Recipe) -> list[Step]:
     for stage in recipe.training_stages:
         data = recipe.data_for(stage)
         previous = fingerprint({"previous": previous, **_stage_inputs(recipe, stage)})
-        steps.append(Step(stage, stage, data.path, start, previous))
+        steps.append(Step(stage, stage, ", ".join(source.path for source in data.all_sources), start, previous))
         start = str(root / stage / "final")
         if stage in recipe.scored_stages:
             steps.append(_scoring_step(recipe, stage, start, previous))
@@ -171,11 +171,29 @@ def _stage_inputs(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
     data, section = recipe.data_for(stage), getattr(recipe, stage)
     return {
         "section": section.model_dump(mode="json", exclude={"data": True, "trainer": COSMETIC}),
-        "data": data.model_dump(mode="json"),
-        "files": path_digest(data.path),
+        "data": data.model_dump(mode="json", exclude={"workers"}),
+        "contents": _contents(data),
         # The global batch, which is the one of all processes together.
         "launch": [recipe.launch.num_processes, path_digest(recipe.launch.accelerate_config)],
     }
+
+
+def _contents(data: DataSection) -> list[str | None]:
+    """Digests of the rows of every source, and of its converter; None for one that is not there.
+
+    What is missing, or cannot be imported, is for check_inputs to report, which knows the key that names it.
+    """
+    from hymba_align.data.reading.converters import converter_digest
+    from hymba_align.data.reading.sources import source_digest
+
+    digests: list[str | None] = []
+    for source in data.all_sources:
+        try:
+            converter = converter_digest(source.convert) if source.convert else None
+            digests += [source_digest(source), converter]
+        except DataError:
+            digests.append(None)
+    return digests
 
 
 def _scoring_step(recipe: Recipe, stage: Stage, start: str | None, checkpoint: str) -> Step:

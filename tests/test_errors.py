@@ -67,7 +67,7 @@ CASES = {
     "a missing data file": ("run {at}/recipe.yaml data.path={at}/absent.jsonl", "data.path is {at}/absent.jsonl, which does not exist"),
     "a malformed JSON line": ("sft {at}/recipe.yaml data.path={at}/bad.jsonl", "{at}/bad.jsonl:2: malformed JSON, "),
     "a malformed line of a later stage": ("run {at}/recipe.yaml dpo.data.path={at}/bad.jsonl", "{at}/bad.jsonl:2: malformed JSON, "),
-    "an empty data set": ("run {at}/recipe.yaml data.path={at}/empty.jsonl eval=null", "{at}/empty.jsonl: the data set is empty"),
+    "an empty data set": ("run {at}/recipe.yaml data.path={at}/empty.jsonl eval=null", "{at}/empty.jsonl: holds no rows"),
     "a conversation without an assistant turn": (
         "sft {at}/recipe.yaml sft.data.path={at}/silent.jsonl",
         "{at}/silent.jsonl:1: the conversation has no assistant turn",

@@ -1,29 +1,28 @@
-"""Question-answer rows turned into conversations and preferences; wrong answers made where a row has none."""
+"""Questions and answers turned into conversations and preferences; wrong answers made where a row has none."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
-from hymba_align.data.messages import Message
+from hymba_align.data.reading.examples import Preference, QuestionAnswer
+from hymba_align.data.reading.messages import Message
 from hymba_align.errors import DataError
 
 QUESTION_FORMAT = "{question}"
-FINAL = re.compile(r"^#### *(\S.*?)[ \t]*$", re.MULTILINE)
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # An annotation `<<48/2=24>>` and the number that repeats its result, if one follows.
 CALCULATION = re.compile(rf"<<(?P<left>[^<>]*)=(?P<result>{NUMBER})>>(?P<currency>\$?)(?P<shown>{NUMBER})?")
 SLIPS = tuple(map(Decimal, (-10, -2, -1, 1, 2, 10)))
 
 
-def conversation(rows: Sequence[Mapping[str, Any]], question_format: str = QUESTION_FORMAT) -> list[Message]:
-    """A user and an assistant turn per question-answer row, in order; texts are left as they are."""
+def conversation(examples: Sequence[QuestionAnswer], question_format: str = QUESTION_FORMAT) -> list[Message]:
+    """A user and an assistant turn per question and answer, in order; texts are left as they are."""
     turns: list[Message] = []
-    for row in rows:
-        turns += [question_turn(row["question"], question_format), {"role": "assistant", "content": row["answer"]}]
+    for example in examples:
+        turns += [question_turn(example.question, question_format), {"role": "assistant", "content": example.answer}]
     return turns
 
 
@@ -33,21 +32,21 @@ def question_turn(question: str, question_format: str = QUESTION_FORMAT) -> Mess
 
 
 def preference(
-    row: Mapping[str, Any],
-    earlier: Sequence[Mapping[str, Any]],
+    example: QuestionAnswer,
+    earlier: Sequence[QuestionAnswer],
     rng: random.Random,
     question_format: str = QUESTION_FORMAT,
-) -> dict[str, list[Message]]:
-    """Prompt, chosen and rejected of a question-answer row, after `earlier` rows as solved turns of the prompt.
+) -> Preference:
+    """The answer against the wrong one, which is made where there is none; the prompt begins with `earlier`, solved.
 
-    Raises: DataError where the row has no wrong answer and none can be made.
+    Raises: DataError where a wrong answer is needed and none can be made.
     """
-    wrong = row["wrong_answer"] if row.get("wrong_answer") is not None else wrong_answer(row["answer"], rng)
-    return {
-        "prompt": [*conversation(earlier, question_format), question_turn(row["question"], question_format)],
-        "chosen": [{"role": "assistant", "content": row["answer"]}],
-        "rejected": [{"role": "assistant", "content": wrong}],
-    }
+    wrong = wrong_answer(example.answer, rng) if example.wrong_answer is None else example.wrong_answer
+    return Preference(
+        prompt=[*conversation(earlier, question_format), question_turn(example.question, question_format)],
+        chosen=[{"role": "assistant", "content": example.answer}],
+        rejected=[{"role": "assistant", "content": wrong}],
+    )
 
 
 def final_number(answer: str) -> str:
@@ -55,7 +54,9 @@ def final_number(answer: str) -> str:
 
     Raises: DataError.
     """
-    found = FINAL.findall(answer)
+    # Line by line: a regular expression would try every space of a long run of them.
+    lines = (line[4:].strip(" \t") for line in answer.split("\n") if line.startswith("####"))
+    found = [line for line in lines if line]
     if not found or not re.fullmatch(rf"\$?{NUMBER}", found[-1]):
         raise DataError("the answer does not end in a line '#### <number>'; add one, or a column wrong_answer")
     return str(found[-1])

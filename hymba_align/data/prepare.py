@@ -1,362 +1,348 @@
-"""Data sections turned into the datasets that TRL's trainers take, with a count of every row that is left out."""
+"""Data sections turned into the datasets that trainers take, with every row accounted for.
+
+Each source is read in chunks, which worker processes turn into records (records.py); its records are cached by content
+(cache.py). The sources' records are then repeated, mixed and divided into training and validation.
+"""
 
 from __future__ import annotations
 
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.data.convert import conversation, preference
-from hymba_align.data.messages import Message, Tool, canonical_tools
-from hymba_align.data.schemas import REFUSED, SCHEMAS, SOURCE, Row, SchemaName, message_feature
-from hymba_align.data.sources import Source, generate_dataset, open_source, reason_to_drop
-from hymba_align.data.template import Rendered, has_generation_markers, render
+from hymba_align.data.cache import cached, code_digest, digest, tokenizer_digest
+from hymba_align.data.counts import Counts, SourceCounts, describe_losses, summarise
+from hymba_align.data.reading.converters import converter_digest
+from hymba_align.data.reading.examples import Example, Located, Lost
+from hymba_align.data.reading.row_reader import RowReader, check_stage
+from hymba_align.data.reading.schemas import Schema, schema_of
+from hymba_align.data.reading.sources import Source, open_source, parse_row
+from hymba_align.data.records import Maker, record_features
+from hymba_align.data.settings import Settings
+from hymba_align.data.template import has_generation_markers
+from hymba_align.data.workers import ordered_map
 from hymba_align.errors import DataError
+from hymba_align.recipe import DataSection, SourceSection, TrainingStage
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-    from hymba_align.recipe import DataSection
-
-# Bookkeeping columns of generated records: rows they hold, why they are left out ("" if they are not), where the (first)
-# row stands, token counts.
-EXAMPLES, DROPPED, PLACE, TRAINED, TOTAL = BOOKKEEPING = ("examples", "dropped", "place", "trained", "total")
-LONGER = "longer"  # tokens of a pair's longer side; not written to the dataset
-SAME_REPLIES = "chosen equals rejected"
-REASONS_SHOWN = 6
+STREAM_SHUFFLED = 10_000  # records from which a stream of several sources draws at random
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset ready for a trainer, and what became of the rows.
+    """A dataset ready for a trainer, one for validation if any, and what became of the rows of every source.
 
-    `kept` counts rows, not conversations; `dropped` those left out by reason, and `first_dropped` says where the first of
-    them stands; `trained_tokens` are those under the loss (for preferences, of both replies).
+    SFT: columns `input_ids`, `assistant_masks`, `place`; DPO: `prompt`, `chosen`, `rejected` (lists of messages), `place`
+    and, where there are any, `tools`. A streamed dataset has no counts: its rows are read when training asks for them.
     """
 
     dataset: Dataset
-    rows_read: int
-    kept: int
-    dropped: dict[str, int]
-    trained_tokens: int
-    total_tokens: int
-    ignored_columns: tuple[str, ...] = ()
-    first_dropped: dict[str, str] = field(default_factory=dict)
+    validation: Dataset | None
+    sources: tuple[SourceCounts, ...]
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of all sources."""
+        return sum(source.rows_read for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        """Rows in the data, on either side; several may share a conversation."""
+        return sum(source.rows_kept for source in self.sources)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens under the loss in one epoch; of preferences, those of both replies."""
+        return sum(source.repeat * source.trained_tokens for source in self.sources)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of one epoch."""
+        return sum(source.repeat * source.total_tokens for source in self.sources)
+
+    @property
+    def lost(self) -> tuple[Lost, ...]:
+        """Every row that is left out, in order."""
+        return tuple(chain.from_iterable(source.lost for source in self.sources))
 
     def summary(self) -> str:
-        """One line for people."""
-        parts = [f"{self.kept:,} of {self.rows_read:,} rows kept in {len(self.dataset):,} conversations"]
-        parts += _counted(self.dropped, self.first_dropped)
-        parts.append(f"{self.trained_tokens:,} of {self.total_tokens:,} tokens trained on")
-        if self.ignored_columns:
-            parts.append(f"columns not used: {', '.join(self.ignored_columns)}")
-        return "; ".join(parts)
+        """One line per source, and one for all where there are several; for people."""
+        if not self.sources:
+            return "streaming: rows are prepared, and counted, while training reads them"
+        lines = [f"{source.name}: {summarise(source)}" for source in self.sources]
+        if self.validation is not None:
+            lines.append(f"{len(self.validation):,} conversations are kept for validation")
+        if len(self.sources) > 1:
+            lines.append(
+                f"together: {len(self.dataset):,} conversations; "
+                f"{self.trained_tokens:,} of {self.total_tokens:,} tokens trained on"
+            )
+        return "\n".join(lines)
 
 
 def prepare_sft(section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, *, seed: int) -> Prepared:
-    """Conversations as `input_ids` and `assistant_masks`; TRL packs them.
+    """Conversations and texts as tokens, none longer than `max_length`.
 
-    With `examples_per_conversation` n, question-answer rows are joined in order, at most n and as many as fit.
-    Raises: DataError, RenderError with file and line.
+    Raises: DataError for a source that cannot be read, and, unless the section lets rows go, for rows that would be lost.
     """
-    source = open_source(section)
-    _require(section, source, ("question_answer", "messages"), "SFT")
     if not has_generation_markers(tokenizer):
         raise DataError(
-            f"{section.path}: the chat template does not mark what the assistant writes ({{% generation %}}), so "
-            "nothing would be trained; use chat_template: hymba"
+            "the chat template does not mark what the assistant writes ({% generation %}), so nothing would be trained; "
+            "use chat_template: hymba"
         )
-    records = partial(_sft_records, section, source, tokenizer, max_length)
-    return _prepare(
-        section, source, records, _sft_features(), _key("sft", section, source, tokenizer, max_length, seed)
-    )
+    return _prepare(section, tokenizer, max_length, "sft", seed)
 
 
 def prepare_preferences(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, *, seed: int
 ) -> Prepared:
-    """Preferences as `prompt`, `chosen`, `rejected` (lists of messages) and `tools` where present; TRL tokenizes them.
+    """Preferences as messages, which TRL tokenizes; neither side is longer than `max_length` tokens.
 
-    With `examples_per_conversation` n, a question's prompt begins with up to n-1 rows before it, solved, as many as fit.
-    Raises: DataError, RenderError with file and line.
+    Raises: DataError, as `prepare_sft`.
     """
-    source = open_source(section)
-    _require(section, source, ("question_answer", "preference"), "DPO")
-    records = partial(_preference_records, section, source, tokenizer, max_length, seed)
-    features = _preference_features(source.schema.name)
-    return _prepare(section, source, records, features, _key("dpo", section, source, tokenizer, max_length, seed))
+    if section.over_long == "split":
+        raise DataError(
+            "data.over_long is 'split', and a pair of answers cannot be split; set dpo.data.over_long to 'truncate', "
+            "which shortens the prompt, or 'drop'"
+        )
+    if section.streaming:
+        raise DataError(
+            "data.streaming is true, but DPO computes the reference log-probabilities before training and so reads the "
+            "whole set; set dpo.data.streaming to false"
+        )
+    return _prepare(section, tokenizer, max_length, "dpo", seed)
 
 
-def _require(section: DataSection, source: Source, accepted: tuple[SchemaName, ...], stage: str) -> None:
-    name = source.schema.name
-    if name not in accepted:
-        wanted = "; or ".join(", ".join(schema.required) for schema in SCHEMAS if schema.name in accepted)
-        raise DataError(
-            f"{section.path}: the rows are of {', '.join(source.schema.required)}, but {stage} takes {wanted}"
-        )
-    if section.examples_per_conversation > 1 and name != "question_answer":
-        raise DataError(
-            f"{section.path}: examples_per_conversation is {section.examples_per_conversation}, but only rows of "
-            "question and answer can be joined; set it to 1"
-        )
+def iterate_examples(section: DataSection, stage: TrainingStage) -> Iterator[Located[Example] | Lost]:
+    """Every row of every source in order, as an example or as why it is none; nothing is rendered or left out."""
+    for source in section.all_sources:
+        opened = open_source(source)
+        reader = RowReader(source, _schema(source, opened, stage), stage)
+        for chunk in opened.chunks():
+            counts = Counts()
+            yield from reader.read(chunk, counts)
+            yield from counts.lost
+
+
+def examine(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, stage: TrainingStage, *, seed: int
+) -> list[tuple[Dataset, SourceCounts]]:
+    """Each source's records, of both sides, and what became of its rows, whether or not the section lets rows go.
+
+    Raises: DataError for a source that cannot be read.
+    """
+    return [_records(section, one, tokenizer) for one in _settings(section, max_length, stage, seed)]
+
+
+def _settings(section: DataSection, max_length: int, stage: TrainingStage, seed: int) -> list[Settings]:
+    seed = seed if section.seed is None else section.seed
+    over_long = (
+        "drop" if section.over_long == "refuse" else section.over_long
+    )  # what is refused is counted, then raised
+    return [
+        Settings(source, stage, section.loss_on, over_long, section.validation_fraction, max_length, seed)
+        for source in section.all_sources
+    ]
 
 
 def _prepare(
-    section: DataSection,
-    source: Source,
-    records: Callable[[], Iterator[Row]],
-    features: Features,
-    key: tuple[Any, ...],
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, stage: TrainingStage, seed: int
 ) -> Prepared:
-    dataset = generate_dataset(records, features, key)
-    reasons: list[str] = dataset[DROPPED][:]
-    dropped = dict(Counter(reason for reason in reasons if reason).most_common())
-    first_dropped = {reason: dataset[reasons.index(reason)][PLACE] for reason in dropped}
-    if dropped:
-        dataset = dataset.select([place for place, reason in enumerate(reasons) if not reason])
-    rows_read = len(source.dataset)
-    if not len(dataset):
-        why = ", ".join(_counted(dropped, first_dropped))
-        raise DataError(f"{section.path}: none of the {rows_read} rows is left: {why}; raise max_length or add rows")
-    if "tools" in features and not any(dataset["tools"]):
-        dataset = dataset.remove_columns("tools")
-    kept, trained, total = (sum(dataset[column]) for column in (EXAMPLES, TRAINED, TOTAL))
-    dataset = dataset.remove_columns(list(BOOKKEEPING))
-    return Prepared(dataset, rows_read, kept, dropped, trained, total, source.ignored_columns, first_dropped)
+    seed = seed if section.seed is None else section.seed
+    if section.streaming:
+        return Prepared(_stream(section, _settings(section, max_length, stage, seed), tokenizer, seed), None, ())
+    made = examine(section, tokenizer, max_length, stage, seed=seed)
+    counts = tuple(counted for _, counted in made)
+    _refuse_losses(section, counts)
+    dataset = _mixed([records for records, _ in made], section, seed, validation=False)
+    if dataset is None:
+        lost = ", ".join(describe_losses(one for source in counts for one in source.lost))
+        read = sum(one.rows_read for one in counts)
+        names = ", ".join(one.name for one in counts)
+        raise DataError(f"{names}: none of the {read:,} rows is left for training: {lost or 'all are for validation'}")
+    validation = _mixed([records for records, _ in made], section, seed, validation=True)
+    if validation is None and section.validation_fraction:
+        raise DataError(
+            f"data.validation_fraction is {section.validation_fraction:g}, which chose none of "
+            f"{sum(one.rows_kept for one in counts):,} rows for validation; raise it"
+        )
+    return Prepared(dataset, validation, counts)
 
 
-def _counted(dropped: Mapping[str, int], first_dropped: Mapping[str, str]) -> list[str]:
-    """Reasons with their counts and first places, most frequent first; those beyond a handful in one sum."""
-    places = {reason: f", first {place}" for reason, place in first_dropped.items()}
-    shown = list(dropped.items())[:REASONS_SHOWN]
-    parts = [f"{count:,} dropped ({reason}{places.get(reason, '')})" for reason, count in shown]
-    rest = sum(dropped.values()) - sum(count for _, count in shown)
-    return [*parts, *([f"{rest:,} dropped for other reasons"] if rest else [])]
+# ---- one source ------------------------------------------------------------------------------------------------------
 
 
-def _sft_records(
-    section: DataSection, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Iterator[Row]:
-    most = section.examples_per_conversation
-    joiner = _Joiner(section, tokenizer, max_length)
-    waiting: list[Row] = []  # rows read and not yet given out, at most `most`
-    for row in _then_none(source.dataset):
-        if row is not None:
-            try:
-                _check_not_refused(row)
-                joiner.render_alone(row)
-            except DataError as error:
-                reason = reason_to_drop(error, row[SOURCE], local=source.local)
-                yield {"input_ids": [], "assistant_masks": [], **_dropped(row, reason)}
-                continue
-            waiting.append(row)
-        while len(waiting) == most or (row is None and waiting):
-            count, rendered = joiner.join(waiting)
-            if rendered is None:
-                yield {"input_ids": [], "assistant_masks": [], **_dropped(waiting[0], _too_long(max_length))}
-            else:
-                ids, mask = rendered.input_ids, rendered.assistant_mask
-                yield {
-                    "input_ids": ids,
-                    "assistant_masks": mask,
-                    **_kept(waiting[0], count, sum(mask), len(ids)),
-                }
-            joiner.forget(waiting[: max(count, 1)])
-            del waiting[: max(count, 1)]
+def _schema(source: SourceSection, opened: Source, stage: TrainingStage) -> Schema | None:
+    """The schema of a source's rows, by its first one that can be read; None where a converter decides row by row.
 
-
-def _check_not_refused(row: Row) -> None:
-    """Raises what was wrong with a hub data set's row when it was read."""
-    if row.get(REFUSED) is not None:
-        raise DataError(row[REFUSED])
-
-
-def _then_none(rows: Iterable[Row]) -> Iterator[Row | None]:
-    yield from rows
-    yield None
-
-
-class _Joiner:
-    """Finds how many rows fit in one conversation, rendering few candidates: lengths of turns add up.
-
-    They do exactly under this package's template, where `</s>` separates turns; under another one the sum is a guess,
-    which is lowered until the rendering fits.
+    Raises: DataError where the stage cannot train on it.
     """
-
-    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.section, self.tokenizer, self.max_length = section, tokenizer, max_length
-        self.header_length: int | None = None
-        self.alone: dict[str, Rendered] = {}  # rows as conversations of their own, by their place, until forgotten
-
-    def join(self, rows: Sequence[Row]) -> tuple[int, Rendered | None]:
-        """As many of the first rows as fit, and their rendering; (0, None) where not even the first does."""
-        count = self._guess(rows) if len(rows) > 1 else 1
-        while count:
-            rendered = self._render(rows[:count])
-            if len(rendered.input_ids) <= self.max_length:
-                return count, rendered
-            count -= 1
-        return 0, None
-
-    def _guess(self, rows: Sequence[Row]) -> int:
-        sums = accumulate(self.added(self.length(row)) for row in rows)
-        return sum(self.header() + total <= self.max_length for total in sums)
-
-    def render_alone(self, row: Row) -> Rendered:
-        """A conversation of one row. Raises: DataError."""
-        if row[SOURCE] not in self.alone:
-            self.alone[row[SOURCE]] = _render_rows(self.section, self.tokenizer, [row])
-        return self.alone[row[SOURCE]]
-
-    def forget(self, rows: Iterable[Row]) -> None:
-        """Lets go of the renderings of rows that are done with."""
-        for row in rows:
-            self.alone.pop(row[SOURCE], None)
-
-    def _render(self, rows: Sequence[Row]) -> Rendered:
-        return self.render_alone(rows[0]) if len(rows) == 1 else _render_rows(self.section, self.tokenizer, rows)
-
-    def length(self, row: Row) -> int:
-        """Tokens of a conversation of one row."""
-        return len(self.render_alone(row).input_ids)
-
-    def added(self, alone: int) -> int:
-        """Tokens that a row adds to a conversation, given its length alone."""
-        return alone - self.header()
-
-    def header(self) -> int:
-        """Tokens that conversations have once, whatever their turns."""
-        if self.header_length is None:
-            row = {"question": "1", "answer": "1", SOURCE: ""}
-            twice = _render_rows(self.section, self.tokenizer, [row, row]).input_ids
-            self.header_length = 2 * self.length(row) - len(twice)
-        return self.header_length
-
-
-def _render_rows(section: DataSection, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Rendered:
-    if "messages" in rows[0]:
-        messages, tools = rows[0]["messages"], canonical_tools(rows[0]["tools"])
-    else:
-        messages, tools = conversation(rows, section.question_format), []
-    return _render_at(rows[0][SOURCE], tokenizer, messages, tools)
-
-
-def _preference_records(
-    section: DataSection, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-) -> Iterator[Row]:
-    joiner = _Joiner(section, tokenizer, max_length)
-    columns = ("prompt", "chosen", "rejected", *(["tools"] if source.schema.name == "preference" else []))
-    earlier: deque[tuple[int, Row]] = deque(maxlen=section.examples_per_conversation - 1)  # lengths alone, and rows
-    for place, row in enumerate(source.dataset):
+    if source.convert is not None:
+        return None
+    for raw in chain.from_iterable(opened.chunks()):
         try:
-            _check_not_refused(row)
-            record = _pair_record(_pair(section, row, [], seed, place), row, tokenizer, max_length)
+            row = parse_row(raw)
+        except DataError:
+            continue  # preparing it counts the row as lost
+        try:
+            schema = schema_of(source, row)
+            check_stage(schema, stage)
         except DataError as error:
-            reason = reason_to_drop(error, row[SOURCE], local=source.local)
-            yield {**dict.fromkeys(columns), **_dropped(row, reason)}
-            continue
-        if earlier and not record[DROPPED]:
-            room = max_length - record[LONGER]
-            added = accumulate(joiner.added(length) for length, _ in reversed(earlier))
-            for count in range(sum(total <= room for total in added), 0, -1):
-                pair = _pair(section, row, [row for _, row in list(earlier)[-count:]], seed, place)
-                longer = _pair_record(pair, row, tokenizer, max_length)
-                if not longer[DROPPED]:
-                    record = longer
-                    break
-        yield {column: value for column, value in record.items() if column != LONGER}
-        if earlier.maxlen:
-            earlier.append((joiner.length(row), row))
-            joiner.forget([row])
+            raise DataError(f"{raw.place}: {error}") from error
+        if source.examples_per_conversation > 1 and schema.name != "question_answer":
+            raise DataError(
+                f"{source.path}: examples_per_conversation is {source.examples_per_conversation}, but only rows of "
+                "question and answer can be joined; set it to 1"
+            )
+        return schema
+    raise DataError(f"{source.path}: no row can be read; 'hymba-align data check {source.path}' lists what is wrong")
 
 
-def _pair(section: DataSection, row: Row, earlier: Sequence[Row], seed: int, place: int) -> dict[str, list[Message]]:
-    if "prompt" in row:
-        return {column: row[column] for column in ("prompt", "chosen", "rejected")}
-    try:
-        return preference(row, earlier, random.Random(f"{seed}:{place}"), section.question_format)
-    except DataError as error:
-        raise type(error)(f"{row[SOURCE]}: {error}") from error
+def _records(
+    section: DataSection, settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, SourceCounts]:
+    """The records of a source, both sides, from the cache or made now."""
+    from datasets import Dataset, DatasetInfo
+
+    opened = open_source(settings.source)
+    schema = _schema(settings.source, opened, settings.stage)
+    maker = Maker(settings, schema, tokenizer)
+    key = _key(settings, opened, tokenizer)
+    folder = cached(key, partial(_build, opened, maker, section.workers))
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    read = Dataset.from_file(str(folder / "records.arrow"), info=DatasetInfo(features=record_features(settings.stage)))
+    # By content, so that what TRL derives from it and caches is found again, and never for other content.
+    read._fingerprint = digest([folder.name, "records"])[:16]
+    return read, _source_counts(settings.source, schema, counts)
 
 
-def _pair_record(pair: dict[str, list[Message]], row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
-    columns = {**pair, **({"tools": row["tools"]} if "tools" in row else {})}
-    if pair["chosen"] == pair["rejected"]:
-        return {**columns, **_dropped(row, SAME_REPLIES)}
-    tools = canonical_tools(row.get("tools"))
-    at = partial(_render_at, row[SOURCE], tokenizer, tools=tools)
-    prompt = at(pair["prompt"], add_generation_prompt=True).input_ids
-    whole = [at([*pair["prompt"], *pair[reply]]).input_ids for reply in ("chosen", "rejected")]
-    if any(ids[: len(prompt)] != prompt for ids in whole):
-        raise DataError(f"{row[SOURCE]}: the chat template rewrites the prompt when a reply follows; use 'hymba'")
-    if max(map(len, whole)) > max_length:
-        return {**columns, **_dropped(row, _too_long(max_length))}
-    total = sum(map(len, whole))
-    return {**columns, **_kept(row, 1, total - 2 * len(prompt), total), LONGER: max(map(len, whole))}
+def _key(settings: Settings, opened: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that a source's records depend on."""
+    source = settings.source.model_dump(exclude={"repeat", "storage_options"})
+    return {
+        **asdict(settings),
+        "source": source,
+        "content": opened.identity,
+        "converter": converter_digest(settings.source.convert) if settings.source.convert else None,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "code": code_digest(),
+    }
 
 
-def _render_at(
-    place: str,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Tool],
-    *,
-    add_generation_prompt: bool = False,
-) -> Rendered:
-    try:
-        return render(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt)
-    except DataError as error:
-        raise type(error)(f"{place}: {error}") from error
+def _build(opened: Source, maker: Maker, workers: int | None, folder: Path) -> None:
+    """Writes a source's records, and what became of its rows, to `folder`."""
+    from datasets.arrow_writer import ArrowWriter
+
+    total = Counts()
+    with ArrowWriter(path=str(folder / "records.arrow"), features=record_features(maker.settings.stage)) as writer:
+        for table, counts in ordered_map(maker, opened.chunks(), workers):
+            if len(table):
+                writer.write_table(table)
+            total.add(counts)
+        writer.finalize()
+    content = {**asdict(total), "columns": sorted(total.columns)}
+    (folder / "counts.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _too_long(max_length: int) -> str:
-    return f"longer than max_length={max_length}"
+def _source_counts(source: SourceSection, schema: Schema | None, counts: Mapping[str, Any]) -> SourceCounts:
+    columns = [source_name for source_name in counts["columns"] if source_name not in source.columns.values()]
+    numbers = {name: value for name, value in counts.items() if isinstance(value, int)}
+    return SourceCounts(
+        name=source.path,
+        schema=schema.name if schema is not None else f"by {source.convert}",
+        repeat=source.repeat,
+        **numbers,
+        lost=tuple(Lost(**one) for one in counts["lost"]),
+        cut=tuple(Lost(**one) for one in counts["cut"]),
+        ignored_columns=schema.ignored(columns) if schema is not None else (),
+    )
 
 
-def _dropped(row: Row, reason: str) -> Row:
-    return {EXAMPLES: 0, DROPPED: reason, PLACE: row[SOURCE], TRAINED: 0, TOTAL: 0}
+# ---- several sources -------------------------------------------------------------------------------------------------
 
 
-def _kept(first: Row, examples: int, trained: int, total: int) -> Row:
-    return {EXAMPLES: examples, DROPPED: "", PLACE: first[SOURCE], TRAINED: trained, TOTAL: total}
+def _mixed(records: Sequence[Dataset], section: DataSection, seed: int, *, validation: bool) -> Dataset | None:
+    """One side of all sources; None where it is empty.
+
+    Several sources, or repeated ones, are shuffled, so that packed rows mix them; a single one keeps its order.
+    Validation repeats nothing.
+    """
+    import numpy as np
+    from datasets import concatenate_datasets
+
+    if validation and not section.validation_fraction:
+        return None
+    together = concatenate_datasets(list(records)) if len(records) > 1 else records[0]
+    of_side = together.with_format("numpy", columns=["validation"])[:]["validation"] == validation
+    ends = np.cumsum([len(one) for one in records])
+    parts = []
+    for source, start, end in zip(section.all_sources, [0, *ends[:-1]], ends, strict=True):
+        indices = start + np.flatnonzero(of_side[start:end])
+        parts.append(indices if validation else np.tile(indices, source.repeat))
+    chosen = np.concatenate(parts)
+    if not len(chosen):
+        return None
+    if len(chosen) != len(together) or len(parts) > 1:
+        if not validation and (len(parts) > 1 or section.all_sources[0].repeat > 1):
+            chosen = np.random.default_rng(seed).permutation(chosen)
+        together = together.select(chosen)
+    together = together.remove_columns("validation")
+    if "tools" in together.column_names and not any(together["tools"]):
+        together = together.remove_columns("tools")
+    return together
 
 
-def _key(
-    stage: str,
-    section: DataSection,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    seed: int,
-) -> tuple[Any, ...]:
-    """Everything that the records depend on; the rows are there by their fingerprint."""
-    settings = (section.examples_per_conversation, section.question_format, max_length, seed)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    return (stage, *settings, source.dataset._fingerprint, tokenizer.chat_template, vocabulary)
+def _stream(
+    section: DataSection, settings: Sequence[Settings], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> IterableDataset:
+    """The records of all sources, made while they are read; several sources take turns and are shuffled."""
+    from datasets import IterableDataset, interleave_datasets
+
+    if section.validation_fraction:
+        raise DataError(
+            "data.validation_fraction needs a set that is read before training; set data.streaming to false"
+        )
+    streams = []
+    for one in settings:
+        opened = open_source(one.source)
+        maker = Maker(one, _schema(one.source, opened, one.stage), tokenizer)
+        stream = IterableDataset.from_generator(
+            partial(_stream_records, section, opened, maker), features=record_features(one.stage)
+        )
+        streams += [stream] * one.source.repeat
+    if len(streams) == 1:
+        return streams[0].remove_columns("validation")
+    mixed = interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
+    return mixed.shuffle(seed=seed, buffer_size=STREAM_SHUFFLED).remove_columns("validation")
 
 
-def _counts() -> dict[str, Any]:
-    from datasets import Value
-
-    counts = dict.fromkeys((EXAMPLES, TRAINED, TOTAL), Value("int64"))
-    return {**counts, **dict.fromkeys((DROPPED, PLACE), Value("string"))}
-
-
-def _sft_features() -> Features:
-    from datasets import Features, List, Value
-
-    return Features({"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8")), **_counts()})
+def _stream_records(section: DataSection, opened: Source, maker: Maker) -> Iterator[dict[str, Any]]:
+    total = Counts()
+    for chunk in opened.chunks():
+        table, counts = maker(chunk)
+        total.add(counts)
+        _refuse_losses(section, [_source_counts(maker.settings.source, maker.reader.schema, asdict(counts))])
+        yield from table.to_pylist()
+    counted = _source_counts(maker.settings.source, maker.reader.schema, {**asdict(total), "columns": total.columns})
+    print(f"{counted.name}: {summarise(counted)}", flush=True)
 
 
-def _preference_features(name: SchemaName) -> Features:
-    from datasets import Features, Value
-
-    with_tools = name == "preference"
-    messages = message_feature(tool_calls=with_tools)
-    columns = dict.fromkeys(("prompt", "chosen", "rejected"), messages)
-    return Features({**columns, **({"tools": Value("string")} if with_tools else {}), **_counts()})
+def _refuse_losses(section: DataSection, sources: Sequence[SourceCounts]) -> None:
+    """Raises DataError, beginning with the first row's place, where rows are lost and the section does not let them go."""
+    lost = [one for source in sources for one in source.lost]
+    refused = [one for one in lost if (section.over_long if one.overlong else section.bad_rows) == "refuse"]
+    if not refused:
+        return
+    first, more = refused[0], len(refused) - 1
+    rest = ""
+    if more:
+        rest = f" ({more:,} more row{'s' if more > 1 else ''} would be lost; 'hymba-align data check' lists them)"
+    remedy = "" if first.overlong else "; data.bad_rows: drop leaves such rows out"
+    raise DataError(f"{first.place}: {first.reason}{rest}{remedy}")

@@ -1,30 +1,20 @@
-"""Tokenizers with their chat template, and conversations rendered into token ids and a loss mask."""
+"""Tokenizers with their chat template."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.data.messages import Message, Tool, canonical_messages
-from hymba_align.errors import CheckpointError, RenderError
+from hymba_align.errors import CheckpointError
 from hymba_align.recipe import is_local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FILE = Path(__file__).with_name("hymba.jinja")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as tokens; `assistant_mask` is 1 where the loss counts: replies, tool calls and their `</s>`."""
-
-    input_ids: list[int]
-    assistant_mask: list[int]
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str = "hymba") -> PreTrainedTokenizerBase:
@@ -94,74 +84,22 @@ def _read_template(chat_template: str) -> str:
         ) from error
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Tool] | None = None,
-    *,
-    add_generation_prompt: bool = False,
-) -> Rendered:
-    """Token ids and loss mask of a conversation, or of a prompt that the assistant is about to answer.
-
-    A conversation and its prefix with a generation prompt agree token for token. The mask is all 0 under a template
-    without generation markers, such as the released one.
-    Raises: RenderError for a conversation that cannot be trained on or that the template cannot hold.
-    """
-    from jinja2 import TemplateError
-
-    cleaned = canonical_messages(messages)
-    _check_turns(cleaned, add_generation_prompt)
-    marked = has_generation_markers(tokenizer)
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            cleaned,
-            tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            return_assistant_tokens_mask=marked,
-        )
-    except TemplateError as error:
-        raise RenderError(f"the chat template refuses the conversation: {error}") from error
-    input_ids: list[int] = encoded["input_ids"]
-    rendered = Rendered(input_ids, encoded["assistant_masks"] if marked else [0] * len(input_ids))
-    if marked:
-        _check_control_tokens(tokenizer, rendered)
-    return rendered
-
-
 def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template says which tokens the assistant writes, so that it can be trained with."""
     template = tokenizer.chat_template
     return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def _check_turns(messages: Sequence[Message], add_generation_prompt: bool) -> None:
-    replies = 0
-    for turn, message in enumerate(messages, start=1):
-        if message["role"] == "assistant":
-            replies += 1
-            if not message["content"].strip() and not message.get("tool_calls"):
-                raise RenderError(f"turn {turn}, the assistant's, is empty; give it content or tool_calls")
-        elif message["role"] == "system" and any(earlier["role"] != "system" for earlier in messages[: turn - 1]):
-            raise RenderError(f"turn {turn} is a system message after other turns; move it to the start")
-    if not messages:
-        raise RenderError("the conversation has no messages")
-    if not replies and not add_generation_prompt:
-        raise RenderError("the conversation has no assistant turn, so there is nothing to train on")
+def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The Rust tokenizer, neither truncating nor padding, and taking control tokens for what they are."""
+    rust = tokenizer.backend_tokenizer
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = False
+    return rust
 
 
-def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> None:
-    """Control tokens may end assistant turns and be nowhere else; the template sees to it for the named ones."""
-    control = set(tokenizer.all_special_ids)
-    following = [*rendered.assistant_mask[1:], 0]
-    for place, (token, trained, next_trained) in enumerate(
-        zip(rendered.input_ids, rendered.assistant_mask, following, strict=True)
-    ):
-        if token in control and not (trained and not next_trained):
-            name = tokenizer.convert_ids_to_tokens(token)
-            raise RenderError(f"token {place} of the rendered conversation is the control token {name!r}; remove it")
-
-
+@cache
 def template_text() -> str:
     """This package's own chat template."""
     return TEMPLATE_FILE.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hymba_align.errors import DataError, RecipeError
 from hymba_align.eval.result import Sample, Score, TaskResult
-from hymba_align.recipe import DataSection, EvalSection
+from hymba_align.recipe import EvalSection, SourceSection
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ def _local_data(section: EvalSection) -> dict[str, Any]:
 
 def _hub_data(repository: str, name: str) -> dict[str, Any]:
     """The key of the task that lets us read the task's own data set, for one clear sentence where it cannot be read."""
-    from hymba_align.data.sources import read_hub
+    from hymba_align.data.reading.sources import read_hub
 
     what_to_do = "set gsm8k.train_path and gsm8k.test_path (in a recipe under eval) to local files"
     splits = read_hub(repository, what_to_do, name=name)
@@ -146,20 +146,34 @@ def _hub_data(repository: str, name: str) -> dict[str, Any]:
 
 def _read(path: str, key: str, *, at_least: int) -> Dataset:
     """The questions and answers of a file, every answer with its `#### number`."""
-    from hymba_align.data.schemas import SOURCE
-    from hymba_align.data.sources import load_rows
+    from datasets import Dataset
+
+    from hymba_align.data.reading.sources import open_source, parse_row
 
     if not Path(path).expanduser().is_file():
         raise DataError(f"{path}: no such file; correct {key}")
-    rows = load_rows(DataSection(path=path))
-    if "question" not in rows.column_names:
-        raise DataError(f"{path}: GSM8K rows have a question and an answer; these have {', '.join(rows.column_names)}")
+    rows = []
+    for chunk in open_source(SourceSection(path=path)).chunks():
+        for raw in chunk:
+            try:
+                rows.append(_question_and_answer(parse_row(raw)))
+            except DataError as error:
+                raise DataError(f"{raw.place}: {error}") from error
     if len(rows) < at_least:
         raise DataError(f"{path}: the file has {len(rows)} rows; {key} needs at least {at_least}")
-    for place, answer in zip(rows[SOURCE], rows["answer"], strict=True):
-        if "#### " not in answer:
-            raise DataError(f"{place}: the answer has no line '#### <number>' to compare with; add one")
-    return rows.select_columns(["question", "answer"])
+    return Dataset.from_list(rows)
+
+
+def _question_and_answer(row: dict[str, Any]) -> dict[str, str]:
+    """These two columns of a row. Raises: DataError without its place."""
+    for column in ("question", "answer"):
+        if column not in row:
+            raise DataError(f"GSM8K rows have a question and an answer; this one has {', '.join(row) or 'no columns'}")
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise DataError(f"the column '{column}' must be text, not {row[column]!r:.60}")
+    if "#### " not in row["answer"]:
+        raise DataError("the answer has no line '#### <number>' to compare with; add one")
+    return {"question": row["question"], "answer": row["answer"]}
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A run's report.md: scores by stage beside the published ones, how training went, and sample answers."""
+"""A run's report.md: scores by stage beside the published ones, the data, how training went, and sample answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hymba_align.checkpoint import write_text
+from hymba_align.checkpoint import read_json, write_text
 from hymba_align.eval.result import Sample, TaskResult, read_result
 from hymba_align.metrics import read_metrics
 
@@ -35,6 +35,8 @@ def write_report(run_root: Path) -> Path:
         f"# {run_root.name}",
         "## Scores",
         *_score_section(results, _published(run_root)),
+        "## Data",
+        *_data_section(run_root),
         "## Training",
         *_training_section(run_root),
         "## Sample answers",
@@ -122,6 +124,43 @@ def _training_section(run_root: Path) -> list[str]:
         if losses:
             blocks += [f"### {stage.upper()}", _stage_table(recipe.get(stage) or {}, losses, records)]
     return blocks or ["No stage has trained yet."]
+
+
+def _data_section(run_root: Path) -> list[str]:
+    """What became of every source's rows in each stage, and how full packed rows are."""
+    lines, packing = [], []
+    for stage in ("sft", "dpo"):
+        path = run_root / stage / "data.json"
+        if not path.is_file():
+            continue
+        record = read_json(path)
+        lines += [_row(_source_cells(stage, source)) for source in record["sources"]]
+        if record["validation"]:
+            packing.append(f"{stage.upper()}: {record['validation']:,} conversations are kept for validation.")
+        if record["packing"]:
+            packed = record["packing"]
+            packing.append(
+                f"{stage.upper()}: {packed['documents']:,} conversations are packed into {packed['rows']:,} rows, "
+                f"which they fill to {100 * packed['fill_rate']:.1f} %."
+            )
+    if not lines:
+        return ["No data was recorded yet."]
+    head = ["stage", "source", "rows", "kept", "conversations", "tokens", "trained on", "left out"]
+    return ["\n".join([_row(head), _row(["---", "---", *["---:"] * 5, "---"]), *lines]), *packing]
+
+
+def _source_cells(stage: str, source: dict[str, Any]) -> list[str]:
+    left_out = [f"{count:,} {reason}" for reason, count in source["lost"].items()]
+    for key, words in (("rows_not_chosen", "not chosen"), ("rows_passed_over", "passed over by the converter")):
+        left_out += [f"{source[key]:,} {words}"] if source[key] else []
+    left_out += [f"{source['shortened']:,} shortened"] if source["shortened"] else []
+    times = f" (each {source['repeat']} times)" if source["repeat"] > 1 else ""
+    numbers = [
+        f"{source[key]:,}" for key in ("rows_read", "rows_kept", "conversations", "total_tokens", "trained_tokens")
+    ]
+    cells = [stage.upper(), f"`{source['name']}`", *numbers, "; ".join(left_out) or "nothing"]
+    cells[4] += times
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def _stage_table(section: dict[str, Any], losses: list[dict[str, Any]], records: list[dict[str, Any]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
+    from hymba_align.data.packing import PackingReport
     from hymba_align.data.prepare import Prepared
 
 FINAL = "final"
+DATA_RECORD = "data.json"
 SHARED_DATASET = "dataset"
 
 # Parameters that weight decay must spare besides norms and biases, which transformers spares by itself:
@@ -110,8 +111,10 @@ def load_start_tokenizer(recipe: Recipe, start: str | Path | None) -> PreTrained
     return load_tokenizer(path, revision=revision, chat_template=recipe.base.chat_template)
 
 
-def prepare_once(prepare: Callable[[], Prepared], stage_dir: Path, arguments: SFTConfig | DPOConfig) -> Prepared:
-    """The prepared data, made by one process and read from `stage_dir` by the others.
+def prepare_once(
+    prepare: Callable[[], Prepared], stage_dir: Path, arguments: SFTConfig | DPOConfig, *, streaming: bool = False
+) -> Prepared:
+    """The prepared data, made by one process and read from `stage_dir` by the others; a stream is each process's own.
 
     Read from disk, so that every process sees one fingerprint: TRL keeps reference log-probabilities in a file beside
     the data, and data in memory would send each process to a temporary folder of its own.
@@ -119,20 +122,45 @@ def prepare_once(prepare: Callable[[], Prepared], stage_dir: Path, arguments: SF
     from accelerate.utils import broadcast_object_list
     from datasets import load_from_disk
 
-    if arguments.world_size == 1:
+    from hymba_align.data.prepare import Prepared
+
+    if arguments.world_size == 1 or streaming:
         prepared = prepare()
-        print(prepared.summary(), flush=True)
+        if arguments.process_index == 0:
+            print(prepared.summary(), flush=True)
         return prepared
     folder = stage_dir / SHARED_DATASET
-    counts: list[Any] = [None]
+    shared: list[Any] = [None]
     if arguments.process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)
         prepared = prepare()
         print(prepared.summary(), flush=True)
-        prepared.dataset.save_to_disk(folder)
-        counts = [dataclasses.replace(prepared, dataset=None)]
-    broadcast_object_list(counts)
-    return dataclasses.replace(counts[0], dataset=load_from_disk(folder))
+        sides = {"dataset": prepared.dataset, "validation": prepared.validation}
+        for name, side in sides.items():
+            if side is not None:
+                side.save_to_disk(folder / name)
+        shared = [(prepared.sources, [name for name, side in sides.items() if side is not None])]
+    broadcast_object_list(shared)
+    sources, written = shared[0]
+    read = {name: load_from_disk(folder / name) for name in written}
+    return Prepared(read["dataset"], read.get("validation"), sources)
+
+
+def record_data(stage_dir: Path, prepared: Prepared, packing: PackingReport | None) -> None:
+    """Writes data.json, which says what became of every source's rows and how full packed rows are; prints the latter."""
+    from hymba_align.checkpoint import write_json
+    from hymba_align.data.counts import losses_by_reason
+
+    sources = []
+    for source in prepared.sources:
+        counted = {key: value for key, value in vars(source).items() if key not in ("lost", "cut")}
+        reasons = {reason: len(lost) for reason, lost in losses_by_reason(source.lost)}
+        sources.append({**counted, "lost": reasons, "shortened": len(source.cut)})
+    validation = len(prepared.validation) if prepared.validation is not None else 0
+    report = {**vars(packing), "fill_rate": packing.fill_rate} if packing is not None else None
+    write_json(stage_dir / DATA_RECORD, {"sources": sources, "validation": validation, "packing": report})
+    if packing is not None:
+        print("packing: " + "; ".join(packing.lines()[:2]), flush=True)
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -252,7 +280,8 @@ def summarise(trainer: Trainer, metrics: MetricsFile, runtime_s: float) -> dict[
     for key in ("mean_token_accuracy", "rewards/accuracies", "rewards/margins"):
         if history and key in history[-1]:
             summary[key] = float(history[-1][key])
-    return summary
+    validated = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    return {**summary, **({"eval_loss": float(validated[-1])} if validated else {})}
 
 
 __all__ = [
@@ -262,6 +291,7 @@ __all__ = [
     "load_start_tokenizer",
     "prepare_once",
     "quiet_libraries",
+    "record_data",
     "remove_checkpoints",
     "run_stage",
     "stage_callbacks",

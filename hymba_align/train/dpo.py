@@ -22,6 +22,7 @@ from hymba_align.train.common import (
     load_start_tokenizer,
     prepare_once,
     quiet_libraries,
+    record_data,
     run_stage,
     stage_callbacks,
 )
@@ -100,11 +101,14 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
             ref_model=None if arguments.precompute_ref_log_probs else load_start(recipe, start, tokenizer),
             args=arguments,
             data_collator=collator if section.share_prefix else None,
-            train_dataset=prepared.dataset,
+            train_dataset=prepared.dataset.remove_columns("place"),
+            eval_dataset=prepared.validation.remove_columns("place") if prepared.validation is not None else None,
             processing_class=tokenizer,
             callbacks=stage_callbacks("dpo", stage_dir),
         )
     check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
+    if arguments.process_index == 0:
+        record_data(stage_dir, prepared, None)
     return run_stage(trainer, stage_dir)
 
 

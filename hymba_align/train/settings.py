@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from hymba_align.errors import RecipeError
-from hymba_align.recipe import DPOSection, Recipe, SFTSection, TrainingStage
+from hymba_align.recipe import DataSection, DPOSection, Recipe, SFTSection, TrainingStage
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound="SFTConfig | DPOConfig")
 
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {"learning_rate": 5e-5, "packing": True, "packing_strategy": "bfd"},
+    "sft": {"learning_rate": 5e-5, "packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
     "dpo": {"learning_rate": 3e-6, "precompute_ref_log_probs": True},
 }
 DEFAULTS: dict[str, Any] = {
@@ -53,10 +53,11 @@ OWNED: dict[str, str] = {
     "pad_token": "it comes from the tokenizer (base.tokenizer)",
     "padding_free": "batches become segments inside the model, so padding already costs nothing",
     "chat_template_path": "set base.chat_template",
-    "assistant_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
-    "completion_only_loss": "the loss mask comes from the chat template and always covers assistant turns only",
+    "assistant_only_loss": "set data.loss_on, which says which turns of the assistant are trained on",
+    "completion_only_loss": "set data.loss_on, which says which turns of the assistant are trained on",
     "dataset_text_field": "data arrives as conversations, tokenized by the chat template",
-    "dataset_kwargs": "data arrives as conversations, tokenized by the chat template",
+    "dataset_kwargs": "data arrives tokenized by the chat template, and packed",
+    "packing_strategy": "rows are packed by best-fit decreasing ('bfd') before training",
 }
 POSITIVE = {"learning_rate", "num_train_epochs", "beta"}
 AT_LEAST_ONE = {"per_device_train_batch_size", "gradient_accumulation_steps", "precompute_ref_batch_size"}
@@ -71,10 +72,15 @@ def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
     """
     section = stage_section(recipe, stage)
     given = _checked(section.trainer, stage)
+    if recipe.data_for(stage).streaming and given.get("max_steps", -1) < 1:
+        raise RecipeError(
+            f"{stage}.trainer.max_steps is missing, and with data.streaming nobody knows how many steps an epoch has; set it"
+        )
     use_cpu = given.get("use_cpu", not torch.cuda.is_available())
     return {
         **DEFAULTS,
         **STAGE_DEFAULTS[stage],
+        **_data_defaults(recipe.data_for(stage), given),
         "use_cpu": use_cpu,
         "activation_checkpointing": not use_cpu,
         "bf16": not use_cpu and not given.get("fp16", False) and torch.cuda.is_bf16_supported(),
@@ -85,6 +91,18 @@ def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
+
+
+def _data_defaults(data: DataSection, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that follow from the data: validation once per epoch, and no dealing out of rows by the first process."""
+    settings: dict[str, Any] = {}
+    if data.validation_fraction:
+        settings["eval_strategy"] = "epoch"
+        settings["per_device_eval_batch_size"] = given.get("per_device_train_batch_size", 8)
+    if data.streaming:
+        # Accelerate's default for streams sends parts of batches, and a packed batch has no parts.
+        settings["accelerator_config"] = {"dispatch_batches": False}
+    return settings
 
 
 def stage_section(recipe: Recipe, stage: TrainingStage) -> SFTSection | DPOSection:
@@ -161,11 +179,6 @@ def _typed(where: str, key: str, value: Any, expected: Any) -> Any:
 
 def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None:
     """Raises for values that TRL accepts and that would train something else than asked."""
-    if settings.get("packing_strategy") == "wrapped":
-        raise RecipeError(
-            "sft.trainer.packing_strategy is 'wrapped', which cuts conversations and keeps no boundary between them; "
-            "use 'bfd'"
-        )
     accelerator = settings.get("accelerator_config")
     if stage == "dpo" and isinstance(accelerator, dict) and accelerator.get("dispatch_batches"):
         raise RecipeError(

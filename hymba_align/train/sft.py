@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from hymba_align.data.packing import add_labels, pack, packing_report
 from hymba_align.recipe import Recipe
 from hymba_align.train.common import (
     SparesRecurrence,
@@ -17,6 +19,7 @@ from hymba_align.train.common import (
     load_start_tokenizer,
     prepare_once,
     quiet_libraries,
+    record_data,
     run_stage,
     stage_callbacks,
 )
@@ -45,33 +48,53 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
     arguments = trainer_arguments(recipe, "sft", SFTConfig, stage_dir)
     tokenizer = load_start_tokenizer(recipe, start)
     prepared = prepare_once(
-        lambda: prepare_sft(data, tokenizer, section.max_length, seed=recipe.seed), stage_dir, arguments
+        lambda: prepare_sft(data, tokenizer, section.max_length, seed=recipe.seed),
+        stage_dir,
+        arguments,
+        streaming=data.streaming,
     )
+    to_rows = partial(training_rows, max_length=section.max_length, packing=bool(arguments.packing))
     with settings_refused_by_trl("sft"):
-        # `assistant_only_loss` stays False: TRL demands messages for it, while for tokenized rows it always turns
-        # the column `assistant_masks` into labels.
         trainer = HymbaSFTTrainer(
             model=load_start(recipe, start, tokenizer),
             args=arguments,
-            train_dataset=prepared.dataset,
+            train_dataset=to_rows(prepared.dataset),
+            eval_dataset=to_rows(prepared.validation) if prepared.validation is not None else None,
             processing_class=tokenizer,
             callbacks=stage_callbacks("sft", stage_dir),
         )
-    check_nothing_lost(prepared.dataset, trainer.train_dataset)
+    if not data.streaming:
+        check_nothing_lost(prepared.dataset, trainer.train_dataset)
+    if arguments.process_index == 0:
+        rows: Any = trainer.train_dataset
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        packed = arguments.packing and not data.streaming
+        meta_tokens = model.config.num_memory_tokens
+        report = packing_report(rows["seq_lengths"], section.max_length, meta_tokens) if packed else None
+        record_data(stage_dir, prepared, report)
     return run_stage(trainer, stage_dir)
 
 
-def check_nothing_lost(conversations: Dataset, rows: Dataset) -> None:
-    """Asserts that TRL's rows hold every token and train exactly those of the assistant.
+def training_rows(dataset: Dataset, *, max_length: int, packing: bool) -> Dataset:
+    """The rows that TRL's collator takes: `input_ids`, `labels` and, where conversations are packed, `seq_lengths`.
 
-    Packing by `bfd` truncates longer conversations without a word; preparation has dropped those, and counted them.
+    They are packed here and not by TRL, which packs 1,000 at a time and leaves more room empty.
     """
-    tokens, trained = _flat(conversations, "input_ids"), pc.sum(_flat(conversations, "assistant_masks")).as_py()
-    labels = _flat(rows, "labels")
-    labelled = pc.sum(pc.not_equal(labels, -100)).as_py()
-    assert len(labels) == len(tokens), f"TRL kept {len(labels)} of {len(tokens)} tokens"
-    assert labelled == trained, f"TRL trains {labelled} tokens where the template marks {trained}"
+    return pack(dataset, max_length) if packing else add_labels(dataset)
 
 
-def _flat(dataset: Dataset, column: str) -> pa.ChunkedArray:
-    return pc.list_flatten(dataset.with_format("arrow")[:][column])
+def check_nothing_lost(conversations: Dataset, rows: Dataset) -> None:
+    """Asserts that the trainer's rows hold every token and train exactly those that the mask marks."""
+    (tokens, trained), (left, labelled) = _count(conversations, "assistant_masks", 0), _count(rows, "labels", -100)
+    assert left == tokens, f"{left} of {tokens} tokens are left"
+    assert labelled == trained, f"{labelled} tokens are trained on where the template marks {trained}"
+
+
+def _count(dataset: Dataset, column: str, untrained: int) -> tuple[int, int]:
+    """Tokens of all rows, and how many of them have another value than `untrained` in `column`."""
+    tokens = trained = 0
+    for batch in dataset.select_columns(column).with_format("arrow").iter(batch_size=1000):
+        values = pc.list_flatten(batch[column])
+        tokens += len(values)
+        trained += pc.sum(pc.not_equal(values, untrained)).as_py() or 0
+    return tokens, trained

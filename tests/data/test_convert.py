@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba_align.data.convert import conversation, final_number, preference, wrong_answer
+from hymba_align.data.reading.examples import Preference, QuestionAnswer
 from hymba_align.errors import DataError
 
 
@@ -19,8 +20,8 @@ def wrong(answer: str, seed: int = 0) -> str:
 
 
 def test_rows_become_turns_with_their_texts_untouched() -> None:
-    rows = [{"question": " q {a}", "answer": "x<<1+1=2>>2\n#### 2"}, {"question": "r", "answer": "y "}]
-    assert conversation(rows, "Question: {question}\nAnswer:") == [
+    examples = [QuestionAnswer(" q {a}", "x<<1+1=2>>2\n#### 2"), QuestionAnswer("r", "y ")]
+    assert conversation(examples, "Question: {question}\nAnswer:") == [
         {"role": "user", "content": "Question:  q {a}\nAnswer:"},
         {"role": "assistant", "content": "x<<1+1=2>>2\n#### 2"},
         {"role": "user", "content": "Question: r\nAnswer:"},
@@ -28,13 +29,22 @@ def test_rows_become_turns_with_their_texts_untouched() -> None:
     ]
 
 
-def test_a_rows_own_wrong_answer_is_the_rejected_one() -> None:
-    row = {"question": "q", "answer": "#### 1", "wrong_answer": "#### 2"}
-    assert preference(row, [], random.Random(0)) == {
-        "prompt": [{"role": "user", "content": "q"}],
-        "chosen": [{"role": "assistant", "content": "#### 1"}],
-        "rejected": [{"role": "assistant", "content": "#### 2"}],
-    }
+def test_a_rows_own_wrong_answer_is_the_rejected_one_after_solved_examples() -> None:
+    pair = preference(QuestionAnswer("q", "#### 1", "#### 2"), [QuestionAnswer("p", "#### 9")], random.Random(0))
+    assert pair == Preference(
+        prompt=[
+            {"role": "user", "content": "p"},
+            {"role": "assistant", "content": "#### 9"},
+            {"role": "user", "content": "q"},
+        ],
+        chosen=[{"role": "assistant", "content": "#### 1"}],
+        rejected=[{"role": "assistant", "content": "#### 2"}],
+    )
+
+
+def test_a_wrong_answer_is_made_where_the_row_has_none() -> None:
+    pair = preference(QuestionAnswer("q", "#### 1"), [], random.Random(0))
+    assert pair.rejected == [{"role": "assistant", "content": wrong("#### 1")}]
 
 
 def test_a_made_wrong_answer_slips_in_one_calculation_and_in_the_final_number() -> None:

@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hymba_align.data import prepare
-from hymba_align.data.convert import conversation, final_number
-from hymba_align.data.prepare import Prepared, prepare_preferences, prepare_sft
-from hymba_align.data.template import load_tokenizer, render
-from hymba_align.errors import DataError, RenderError
+from hymba_align.data import convert
+from hymba_align.data.convert import final_number
+from hymba_align.data.counts import describe_losses, losses_by_reason
+from hymba_align.data.prepare import prepare_preferences, prepare_sft
+from hymba_align.data.reading.examples import Lost, QuestionAnswer
+from hymba_align.data.rendering import render
+from hymba_align.data.template import load_tokenizer
+from hymba_align.errors import DataError
 from hymba_align.recipe import DataSection
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "arithmetic" / "train.jsonl"
@@ -29,6 +33,10 @@ def qa(number: int, length: int = 3) -> dict[str, str]:
     return {"question": f"q{number} " + "w " * length, "answer": f"a{number}\n#### {number}"}
 
 
+def conversation(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return convert.conversation([QuestionAnswer(row["question"], row["answer"]) for row in rows])
+
+
 def questions(row_messages: list[dict[str, Any]]) -> list[str]:
     return [message["content"].split()[0] for message in row_messages if message["role"] == "user"]
 
@@ -39,10 +47,11 @@ def test_shipped_rows_become_ids_and_masks_with_every_token_counted(small: Any) 
     rendered = [render(small, conversation([row])) for row in rows]
     assert prepared.dataset["input_ids"][:] == [one.input_ids for one in rendered]
     assert prepared.dataset["assistant_masks"][:] == [one.assistant_mask for one in rendered]
-    assert prepared.dataset.column_names == ["input_ids", "assistant_masks"]
+    assert prepared.dataset.column_names == ["input_ids", "assistant_masks", "place"]
+    assert prepared.dataset["place"][:3] == [f"{SHIPPED}:{line}" for line in (1, 2, 3)]
     assert prepared.trained_tokens == sum(sum(one.assistant_mask) for one in rendered)
     assert prepared.total_tokens == sum(len(one.input_ids) for one in rendered)
-    assert (prepared.rows_read, prepared.kept, prepared.dropped) == (50, 50, {})
+    assert (prepared.rows_read, prepared.kept, prepared.lost) == (50, 50, ())
 
 
 @pytest.mark.parametrize("name", ["small", "released"])
@@ -52,7 +61,8 @@ def test_conversations_join_as_many_rows_as_fit_in_order(
 ) -> None:
     tokenizer, rng = load(name), random.Random(0)
     rows = [qa(number, rng.choice((1, 5, 20, 60))) for number in range(60)]
-    prepared = prepare_sft(section(tmp_path / "d.jsonl", *rows, examples_per_conversation=most), tokenizer, 150, seed=0)
+    data = section(tmp_path / "d.jsonl", *rows, examples_per_conversation=most, over_long="drop")
+    prepared = prepare_sft(data, tokenizer, 150, seed=0)
     start, expected = 0, []
     while start < len(rows):
         fitting = [
@@ -65,39 +75,33 @@ def test_conversations_join_as_many_rows_as_fit_in_order(
     assert prepared.dataset["input_ids"][:] == expected
     alone = [len(render(tokenizer, conversation([row])).input_ids) for row in rows]
     assert prepared.kept == sum(length <= 150 for length in alone)
-    assert prepared.dropped == ({"longer than max_length=150": 60 - prepared.kept} if prepared.kept < 60 else {})
+    assert [one.place for one in prepared.lost] == [
+        f"{data.path}:{line}" for line, length in enumerate(alone, start=1) if length > 150
+    ]
 
 
-def test_rows_that_are_too_long_are_counted_with_the_reason(small: Any, tmp_path: Path) -> None:
-    data = section(tmp_path / "d.jsonl", qa(1), {"question": LONG, "answer": "x\n#### 1"}, {**qa(2), "id": "x"}, qa(3))
-    for prepared in (prepare_sft(data, small, 100, seed=0), prepare_preferences(data, small, 100, seed=0)):
-        assert (prepared.rows_read, prepared.kept, prepared.dropped) == (4, 3, {"longer than max_length=100": 1})
-        place = f"{data.path}:2"
-        assert prepared.first_dropped == {"longer than max_length=100": place}
-        assert (
-            f"3 of 4 rows kept in 3 conversations; 1 dropped (longer than max_length=100, first {place}); "
-            in prepared.summary()
+def test_rows_that_are_too_long_stop_the_run_unless_they_may_be_dropped(small: Any, tmp_path: Path) -> None:
+    rows = [qa(1), {"question": LONG, "answer": "x\n#### 1"}, {**qa(2), "id": "x"}, qa(3)]
+    data = section(tmp_path / "d.jsonl", *rows, over_long="drop")
+    for prepare_stage in (prepare_sft, prepare_preferences):
+        prepared = prepare_stage(data, small, 100, seed=0)
+        assert (prepared.rows_read, prepared.kept, len(prepared.lost)) == (4, 3, 1)
+        (lost,) = prepared.lost
+        assert (lost.place, lost.overlong) == (f"{data.path}:2", True)
+        assert re.search(
+            r"^longer than max_length=100: .* has \d{3} tokens; raise max_length, or set data.over_long to say",
+            lost.reason,
         )
-
-
-def test_the_summary_names_columns_that_nothing_reads() -> None:
-    class Sized:
-        def __len__(self) -> int:
-            return 2
-
-    prepared = Prepared(Sized(), 1200, 1100, {"too odd": 100}, 30, 90, ("id",))  # type: ignore[arg-type]
-    assert prepared.summary() == (
-        "1,100 of 1,200 rows kept in 2 conversations; 100 dropped (too odd); 30 of 90 tokens trained on; "
-        "columns not used: id"
-    )
+        assert prepared.summary().startswith(f"{data.path}: 3 of 4 rows kept in 3 conversations; 1 lost (")
+        assert prepared.summary().endswith("tokens trained on; columns not used: id")
+        with pytest.raises(DataError, match=r"d\.jsonl:2: longer than max_length=100: "):
+            prepare_stage(section(tmp_path / "d.jsonl", *rows), small, 100, seed=0)
 
 
 def test_nothing_left_is_an_error(small: Any, tmp_path: Path) -> None:
-    data = section(tmp_path / "d.jsonl", qa(1), qa(2))
+    data = section(tmp_path / "d.jsonl", qa(1), qa(2), over_long="drop")
     for prepare_stage in (prepare_sft, prepare_preferences):
-        with pytest.raises(
-            DataError, match=r"none of the 2 rows is left: 2 dropped \(longer than max_length=9, first .*:1\); raise"
-        ):
+        with pytest.raises(DataError, match=r"none of the 2 rows is left for training: 2 lost \(.*, first .*:1\)"):
             prepare_stage(data, small, 9, seed=0)
 
 
@@ -114,7 +118,7 @@ def test_a_row_that_cannot_be_rendered_is_named(small: Any, tmp_path: Path) -> N
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}]},
     )
-    with pytest.raises(RenderError, match=r"d\.jsonl:2: turn 2, the assistant's, is empty"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: turn 2, the assistant's, is empty"):
         prepare_sft(data, small, 512, seed=0)
 
 
@@ -132,84 +136,87 @@ CONVERSATIONS = [
 ]
 
 
-def on_the_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], **settings: Any) -> DataSection:
-    """A section whose hub data set has these rows."""
-    import datasets
-
-    table = datasets.Dataset.from_list(rows)
-    monkeypatch.setattr(datasets, "load_dataset", lambda **_: table)
-    return DataSection(path="someone/data", **settings)
-
-
-def test_rows_of_the_hub_that_cannot_be_rendered_are_dropped_and_counted_where_a_files_are_errors(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_cannot_be_used_stop_the_run_unless_they_may_be_dropped(small: Any, tmp_path: Path) -> None:
     rows = [{"messages": messages} for messages in CONVERSATIONS]
     for number, row in enumerate(rows[1:-1], start=1):
-        data = section(tmp_path / f"{number}.jsonl", rows[0], row)
-        with pytest.raises(RenderError, match=rf"{number}\.jsonl:2: "):
-            prepare_sft(data, small, 512, seed=0)
-    prepared = prepare_sft(on_the_hub(monkeypatch, rows), small, 512, seed=0)
+        with pytest.raises(DataError, match=rf"{number}\.jsonl:2: .*; data.bad_rows: drop leaves such rows out$"):
+            prepare_sft(section(tmp_path / f"{number}.jsonl", rows[0], row), small, 512, seed=0)
+    with pytest.raises(DataError, match=r"d\.jsonl:2: .* \(5 more rows would be lost; 'hymba-align data check' lists"):
+        prepare_sft(section(tmp_path / "d.jsonl", *rows), small, 512, seed=0)
+    data = section(tmp_path / "d.jsonl", *rows, bad_rows="drop")
+    prepared = prepare_sft(data, small, 512, seed=0)
     assert (prepared.rows_read, prepared.kept) == (8, 2)
-    assert prepared.dropped == {
-        "the conversation has no assistant turn, so there is nothing to train on": 2,
-        "a turn, the assistant's, is empty": 2,
-        "a turn is a system message after other turns": 1,
-        "a turn has the role 'bot'": 1,
-    }
-    assert "; 2 dropped (a turn, the assistant's, is empty, first someone/data: row 3); " in prepared.summary()
-    with pytest.raises(
-        DataError, match=r"^someone/data: none of the 1 rows is left: 1 dropped .the conversation has no"
-    ):
-        prepare_sft(on_the_hub(monkeypatch, rows[1:2]), small, 512, seed=0)
+    assert sorted(one.place for one in prepared.lost) == [f"{data.path}:{line}" for line in range(2, 8)]
+    assert not any(one.overlong for one in prepared.lost)
+    assert {reason: len(lost) for reason, lost in losses_by_reason(prepared.lost)}[
+        "a turn, the assistant's, is empty"
+    ] == 2
 
 
-def test_pairs_of_the_hub_with_an_empty_reply_are_dropped_and_counted(
-    small: Any, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_a_list_on_one_line_are_told_apart(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([qa(0), {"question": "q"}, qa(2)]))
+    prepared = prepare_sft(DataSection(path=str(path), bad_rows="drop"), small, 512, seed=0)
+    assert (prepared.rows_read, prepared.kept) == (3, 2)
+    assert prepared.dataset["place"][:] == [f"{path}:1", f"{path}:1 (row 3)"]
+    assert prepared.lost[0].place == f"{path}:1 (row 2)"
+
+
+def test_rows_of_the_hub_are_prepared_like_those_of_a_file(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import datasets
+
+    rows = [{"messages": messages} for messages in CONVERSATIONS]
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: table)
+    of_the_hub = prepare_sft(DataSection(path="someone/data", bad_rows="drop"), small, 512, seed=0)
+    of_a_file = prepare_sft(section(tmp_path / "d.jsonl", *rows, bad_rows="drop"), small, 512, seed=0)
+    assert of_the_hub.dataset["input_ids"][:] == of_a_file.dataset["input_ids"][:]
+    assert [one.reason for one in of_the_hub.lost] == [one.reason for one in of_a_file.lost]
+    assert of_the_hub.lost[0].place == "someone/data: row 2"
+
+
+def test_pairs_with_an_empty_reply_are_lost_with_the_reason(small: Any, tmp_path: Path) -> None:
     reply, empty = [REPLY], [EMPTY]
     other = [{"role": "assistant", "content": "b"}]
     pairs = [(reply, empty), (reply, other), (empty, other), ([], other)]
     rows = [{"prompt": [USER], "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-    prepared = prepare_preferences(on_the_hub(monkeypatch, rows), small, 512, seed=0)
-    assert prepared.dropped == {
-        "a turn, the assistant's, is empty": 2,
-        "the column 'chosen' must begin with the assistant's turn, or repeat 'prompt' before it": 1,
-    }
+    prepared = prepare_preferences(section(tmp_path / "d.jsonl", *rows, bad_rows="drop"), small, 512, seed=0)
+    assert [one.place.rpartition(":")[2] for one in prepared.lost] == ["1", "3", "4"]
     assert [row["rejected"][0]["content"] for row in prepared.dataset] == ["b"]
 
 
-def test_joined_rows_of_the_hub_are_those_that_can_be_used(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [qa(0), {"question": "q", "answer": None}, qa(1), {"question": "q", "answer": ""}, qa(2), qa(3)]
-    joined = on_the_hub(monkeypatch, rows, examples_per_conversation=2)
-    prepared = prepare_sft(joined, small, 512, seed=0)
+def test_joined_rows_are_those_that_can_be_used(small: Any, tmp_path: Path) -> None:
+    rows: list[Any] = [qa(0), {"question": "q", "answer": None}, qa(1), {"question": "q", "answer": ""}, qa(2), qa(3)]
+    settings = {"examples_per_conversation": 2, "bad_rows": "drop"}
+    prepared = prepare_sft(section(tmp_path / "d.jsonl", *rows, **settings), small, 512, seed=0)
     assert prepared.dataset["input_ids"][:] == [
         render(small, conversation(pair)).input_ids for pair in ([qa(0), qa(1)], [qa(2), qa(3)])
     ]
-    assert prepared.dropped == {"the column 'answer' is missing": 1, "the column 'answer' is empty": 1}
+    assert [one.place.rpartition(":")[2] for one in prepared.lost] == ["2", "4"]
     rows[2] = {"question": "q", "answer": "blue"}
-    prepared = prepare_preferences(on_the_hub(monkeypatch, rows, examples_per_conversation=2), small, 512, seed=0)
+    prepared = prepare_preferences(section(tmp_path / "d.jsonl", *rows, **settings), small, 512, seed=0)
     assert [questions(row["prompt"]) for row in prepared.dataset] == [["q0"], ["q0", "q2"], ["q2", "q3"]]
-    assert sum(prepared.dropped.values()) == 3
+    assert len(prepared.lost) == 3
 
 
 def test_the_summary_sums_up_rare_reasons() -> None:
-    dropped = {f"reason {number}": 10 - number for number in range(9)}
-    summary = Prepared([], 100, 46, dropped, 1, 2, (), {"reason 0": "d:7"}).summary()  # type: ignore[arg-type]
-    assert "; 10 dropped (reason 0, first d:7); 9 dropped (reason 1); " in summary
-    assert "; 5 dropped (reason 5); 9 dropped for other reasons; " in summary
+    lost = [Lost(f"d:{number}", f"reason {kind}") for kind in range(9) for number in range(10 - kind)]
+    described = describe_losses(lost)
+    assert described[:2] == ["10 lost (reason 0, first d:0)", "9 lost (reason 1, first d:0)"]
+    assert described[-1] == "9 lost for other reasons"
 
 
 def test_schemas_are_refused_where_they_do_not_serve(small: Any, tmp_path: Path) -> None:
     messages = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(
-        DataError, match="the rows are of messages, but DPO takes prompt, chosen, rejected; or question, answer"
+        DataError,
+        match=r"the rows are of messages, but DPO takes prompt, chosen, rejected; or .*; or question, answer$",
     ):
         prepare_preferences(section(tmp_path / "m.jsonl", messages), small, 512, seed=0)
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    with pytest.raises(
-        DataError, match="the rows are of prompt, chosen, rejected, but SFT takes messages; or question, answer"
-    ):
+    with pytest.raises(DataError, match=r"the rows are of prompt, chosen, rejected, but SFT takes .*messages; or "):
         prepare_sft(section(tmp_path / "p.jsonl", pair), small, 512, seed=0)
     with pytest.raises(DataError, match="examples_per_conversation is 2, but only rows of question and answer can be"):
         prepare_sft(section(tmp_path / "m.jsonl", messages, examples_per_conversation=2), small, 512, seed=0)
@@ -245,10 +252,10 @@ def test_preference_prompts_carry_the_rows_before_as_far_as_they_fit(small: Any,
     assert {len(seen) for seen in asked} == {1, 2, 3}
 
 
-def test_equal_replies_are_dropped_and_counted(small: Any, tmp_path: Path) -> None:
+def test_equal_replies_are_lost_with_the_reason(small: Any, tmp_path: Path) -> None:
     pairs = [{"prompt": "p", "chosen": "c", "rejected": rejected} for rejected in ("c", "r")]
-    prepared = prepare_preferences(section(tmp_path / "d.jsonl", *pairs), small, 512, seed=0)
-    assert (prepared.kept, prepared.dropped) == (1, {"chosen equals rejected": 1})
+    prepared = prepare_preferences(section(tmp_path / "d.jsonl", *pairs, bad_rows="drop"), small, 512, seed=0)
+    assert (prepared.kept, prepared.lost[0].reason.split(",")[0]) == (1, "chosen equals rejected")
 
 
 def test_an_answer_from_which_no_wrong_one_can_be_made_is_named(small: Any, tmp_path: Path) -> None:
@@ -279,17 +286,6 @@ def test_trl_tokenizes_preferences_into_what_we_render(small: Any, tmp_path: Pat
         total = sum(2 * len(ids["prompt_ids"]) + len(ids["chosen_ids"]) + len(ids["rejected_ids"]) for ids in tokenized)
         assert prepared.total_tokens == total
         assert prepared.trained_tokens == total - 2 * sum(len(ids["prompt_ids"]) for ids in tokenized)
-
-
-def test_what_was_prepared_once_is_not_rendered_again(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = section(tmp_path / "d.jsonl", *map(qa, range(10)), {"question": LONG, "answer": "a"})
-    first = prepare_sft(data, small, 100, seed=0)
-    monkeypatch.setattr(prepare, "render", lambda *_, **__: pytest.fail("rendered again"))
-    again = prepare_sft(data, small, 100, seed=0)
-    assert again.dataset.to_list() == first.dataset.to_list()
-    assert again.dropped == first.dropped == {"longer than max_length=100": 1}
 
 
 def test_real_gsm8k_goes_through(small: Any, shared: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hymba_align.data.template import Rendered, load_tokenizer, render, template_text
+from hymba_align.data.rendering import Rendered, render
+from hymba_align.data.template import load_tokenizer, template_text
 from hymba_align.errors import CheckpointError, RenderError
 
 Load = Callable[[str], Any]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hymba_align.data.template import render
+from hymba_align.data.rendering import render
 from hymba_align.errors import DataError, RecipeError
 from hymba_align.eval import evaluate, read_result
 from hymba_align.eval.gsm8k import load_task, score_gsm8k
@@ -218,7 +218,13 @@ def test_only_the_harness_is_silenced_and_other_libraries_still_reach_the_termin
             '{"question": "1?", "answer": "one"}',
             "test.jsonl:1: the answer has no line '#### <number>' to compare",
         ),
-        ("ok", "", "test.jsonl: the data set is empty"),
+        ("ok", "", "test.jsonl: holds no rows; it needs at least one"),
+        (
+            "ok",
+            '{"question": "1?", "solution": "1"}',
+            "test.jsonl:1: GSM8K rows have a question and an answer; this one",
+        ),
+        ("ok", '\n{"question": "1?", "answer": 1}', "test.jsonl:2: the column 'answer' must be text, not 1"),
         (
             '{"question": "1?", "answer": "#### 1"}',
             "ok",

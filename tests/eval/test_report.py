@@ -71,6 +71,27 @@ def test_a_run_of_another_model_is_not_set_beside_the_published_number(run_root:
     assert "ublished" not in text
 
 
+def test_the_data_section_says_what_became_of_every_sources_rows(run_root: Path) -> None:
+    counted = {
+        "rows_read": 1200,
+        "rows_kept": 1100,
+        "rows_not_chosen": 40,
+        "rows_passed_over": 0,
+        "conversations": 1090,
+    }
+    source = {"name": "a|b.jsonl", "repeat": 2, "total_tokens": 9000, "trained_tokens": 4000, "shortened": 3, **counted}
+    packing = {"documents": 1090, "rows": 20, "fill_rate": 0.987}
+    record = {"sources": [{**source, "lost": {"turn is empty": 60}}], "validation": 11, "packing": packing}
+    (run_root / "sft" / "data.json").write_text(json.dumps(record))
+    text = write_report(run_root).read_text(encoding="utf-8")
+    assert (
+        "| SFT | `a\\|b.jsonl` | 1,200 | 1,100 | 1,090 (each 2 times) | 9,000 | 4,000 | "
+        "60 turn is empty; 40 not chosen; 3 shortened |" in text
+    )
+    assert "SFT: 11 conversations are kept for validation." in text
+    assert "SFT: 1,090 conversations are packed into 20 rows, which they fill to 98.7 %." in text
+
+
 def test_training_shows_settings_and_the_loss_at_start_and_end(run_root: Path) -> None:
     text = write_report(run_root).read_text(encoding="utf-8")
     assert "| loss at the start | 4.2500 (step 5) |" in text
@@ -98,6 +119,7 @@ def test_three_answers_of_each_stage_with_verdicts_and_no_fence_that_an_answer_c
 def test_an_empty_run_reports_that_nothing_happened_yet(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "No stage has been scored yet." in text
+    assert "No data was recorded yet." in text
     assert "No stage has trained yet." in text
 
 

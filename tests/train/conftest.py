@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,15 @@ def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_base: dic
         )
 
     return make
+
+
+@pytest.fixture
+def data_rows() -> Callable[[Recipe], list[dict[str, Any]]]:
+    """The rows that a recipe trains on, as its file has them."""
+
+    def read(recipe: Recipe) -> list[dict[str, Any]]:
+        assert recipe.data is not None
+        lines = Path(recipe.data.path).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines[: recipe.data.max_rows]]
+
+    return read

@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from hymba_align.data.prepare import prepare_preferences, prepare_sft
 from hymba_align.train.common import load_start, load_start_tokenizer, quiet_libraries
 from hymba_align.train.settings import trainer_arguments
+from hymba_align.train.sft import training_rows
 
 LINEAR = {"in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"}
 # TRL 1.16 calls transformers' old names; delete when it calls `activation_checkpointing_disable`.
@@ -28,10 +29,11 @@ STAGES: dict[str, tuple[Any, Any, Any]] = {
 def build_trainer(stage: Any, recipe: Any, folder: Path) -> Any:
     trainer, config, prepare = STAGES[stage]
     tokenizer = load_start_tokenizer(recipe, None)
+    prepared = prepare(recipe.data, tokenizer, 256, seed=0).dataset
     return trainer(
         model=load_start(recipe, None, tokenizer),
         args=trainer_arguments(recipe, stage, config, folder),
-        train_dataset=prepare(recipe.data, tokenizer, 256, seed=0).dataset,
+        train_dataset=training_rows(prepared, max_length=256, packing=True) if stage == "sft" else prepared,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )

@@ -12,8 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from hymba_align.checkpoint import load_model
 from hymba_align.data.prepare import prepare_preferences
-from hymba_align.data.sources import load_rows
-from hymba_align.data.template import render
+from hymba_align.data.rendering import render
 from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import dpo as dpo_module
@@ -36,7 +35,7 @@ def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTra
         model=load_start(recipe, None, tokenizer),
         args=trainer_arguments(recipe, "dpo", DPOConfig, folder),
         data_collator=collator if share_prefix else None,
-        train_dataset=prepared.dataset,
+        train_dataset=prepared.dataset.remove_columns("place"),
         processing_class=tokenizer,
     )
 
@@ -74,11 +73,13 @@ def test_equal_cuts_at_the_start_leave_the_rest_of_the_prompt_shared() -> None:
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7]] * 2 + [[3, 4, 8, 9, 10]] * 2
 
 
-def test_trl_tokenizes_a_pair_as_the_prompt_of_a_generation_and_its_replies(make_recipe: Any, tmp_path: Path) -> None:
+def test_trl_tokenizes_a_pair_as_the_prompt_of_a_generation_and_its_replies(
+    data_rows: Any, make_recipe: Any, tmp_path: Path
+) -> None:
     recipe = make_recipe(rows=3)
     trainer = build_trainer(recipe, tmp_path, share_prefix=True)
     tokenizer = load_start_tokenizer(recipe, None)
-    for row, pair in zip(load_rows(recipe.data), trainer.train_dataset, strict=True):
+    for row, pair in zip(data_rows(recipe), trainer.train_dataset, strict=True):
         question = [{"role": "user", "content": row["question"]}]
         assert pair["prompt_ids"] == render(tokenizer, question, add_generation_prompt=True).input_ids
         whole = render(tokenizer, [*question, {"role": "assistant", "content": row["answer"]}])
@@ -119,7 +120,7 @@ def test_sharing_the_prompt_changes_neither_losses_nor_rewards_nor_gradients(mak
 
 
 def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_rows: Any, make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
@@ -137,7 +138,7 @@ def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
         tokens.append(sum(seen))
     assert recipe.data is not None
     tokenizer = load_start_tokenizer(recipe, None)
-    prompts = [[{"role": "user", "content": row["question"]}] for row in load_rows(recipe.data)]
+    prompts = [[{"role": "user", "content": row["question"]}] for row in data_rows(recipe)]
     once = sum(len(render(tokenizer, prompt, add_generation_prompt=True).input_ids) for prompt in prompts)
     assert tokens[1] - tokens[0] == 2 * once  # in the pass for the reference, and in training
 

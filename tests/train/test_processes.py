@@ -64,4 +64,4 @@ def test_two_processes_share_data_and_references_and_train_as_one_with_twice_the
         # AdamW divides by the gradient's size, which carries rounding of near-zero gradients to the weight.
         assert (weights[1][name] - weight).abs().mean() < 3e-8, name  # observed 4e-9, in one weight 6e-6
     left = {entry.name for entry in (tmp_path / "two").iterdir() if not entry.name.startswith("checkpoint-")}
-    assert left == {"final", "metrics.jsonl"}
+    assert left == {"data.json", "final", "metrics.jsonl"}

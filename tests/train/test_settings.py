@@ -22,7 +22,7 @@ def test_the_defaults_are_the_published_rates_one_cosine_epoch(make_recipe: Any)
         assert settings["seed"] == 7
         assert settings["logging_nan_inf_filter"] is False
     assert sft["packing"]
-    assert sft["packing_strategy"] == "bfd"
+    assert sft["packing"]
     assert dpo["precompute_ref_log_probs"] is True
 
 
@@ -49,8 +49,8 @@ def test_the_old_name_of_activation_checkpointing_still_works(make_recipe: Any) 
         (
             "assistant_only_loss",
             False,
-            "sft.trainer.assistant_only_loss cannot be set: the loss mask comes from the chat template and always covers "
-            "assistant turns only",
+            "sft.trainer.assistant_only_loss cannot be set: set data.loss_on, which says which turns of the assistant are "
+            "trained on",
         ),
         (
             "learning_rate",
@@ -62,7 +62,7 @@ def test_the_old_name_of_activation_checkpointing_still_works(make_recipe: Any) 
         (
             "packing_strategy",
             "wrapped",
-            "sft.trainer.packing_strategy is 'wrapped', which cuts conversations and keeps no boundary between them; use 'bfd'",
+            "sft.trainer.packing_strategy cannot be set: rows are packed by best-fit decreasing ('bfd') before training",
         ),
     ],
 )

@@ -18,15 +18,15 @@ from trl import SFTConfig, SFTTrainer
 
 from hymba_align.checkpoint import load_model
 from hymba_align.data.prepare import prepare_sft
-from hymba_align.data.sources import load_rows
-from hymba_align.data.template import load_tokenizer, render
+from hymba_align.data.rendering import render
+from hymba_align.data.template import load_tokenizer
 from hymba_align.errors import HymbaAlignError, RecipeError
 from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import sft as sft_module
 from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, remove_checkpoints
 from hymba_align.train.settings import trainer_arguments
-from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft
+from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft, training_rows
 
 
 def build_trainer(recipe: Recipe, folder: Path) -> tuple[HymbaSFTTrainer, Dataset]:
@@ -38,7 +38,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> tuple[HymbaSFTTrainer, Datase
     trainer = HymbaSFTTrainer(
         model=load_start(recipe, None, tokenizer),
         args=trainer_arguments(recipe, "sft", SFTConfig, folder),
-        train_dataset=prepared.dataset,
+        train_dataset=training_rows(prepared.dataset, max_length=recipe.sft.max_length, packing=True),
         processing_class=tokenizer,
     )
     return trainer, prepared.dataset
@@ -51,13 +51,13 @@ def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
 
 
 def test_packed_rows_hold_every_conversation_whole_and_train_only_its_assistant_tokens(
-    make_recipe: Any, tmp_path: Path
+    data_rows: Any, make_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = make_recipe(rows=20)
     trainer, _ = build_trainer(recipe, tmp_path)
     tokenizer = load_start_tokenizer(recipe, None)
     expected: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
-    for row in load_rows(recipe.data):
+    for row in data_rows(recipe):
         conversation = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
         rendered = render(tokenizer, conversation)
         labels = (token if on else -100 for token, on in zip(rendered.input_ids, rendered.assistant_mask, strict=True))
@@ -81,7 +81,7 @@ def test_truncation_by_the_packer_would_be_noticed(make_recipe: Any, tmp_path: P
     trainer, conversations = build_trainer(make_recipe(rows=4), tmp_path)
     check_nothing_lost(conversations, trainer.train_dataset)
     cut = trainer.train_dataset.map(lambda row: {"labels": row["labels"][:-1], "input_ids": row["input_ids"][:-1]})
-    with pytest.raises(AssertionError, match="TRL kept"):
+    with pytest.raises(AssertionError, match="tokens are left"):
         check_nothing_lost(conversations, cut)
 
 
@@ -121,7 +121,7 @@ def test_a_stage_writes_a_checkpoint_that_loads_and_a_record_of_every_step(make_
     assert summary["last_loss"] == records[-1]["loss"]
     assert summary["train_loss"] == pytest.approx(sum(record["loss"] for record in records) / len(records))
     assert summary["tokens"] == records[-1]["tokens"] > 0
-    kept = {"final", "metrics.jsonl"}
+    kept = {"data.json", "final", "metrics.jsonl"}
     assert {path.name for path in (tmp_path / "sft").iterdir() if not path.name.startswith("checkpoint-")} == kept
     assert not (final / "training_args.bin").exists()
 

@@ -1,0 +1,1 @@
+"""What a person wants to know before training: findings about the data, and what training will see."""

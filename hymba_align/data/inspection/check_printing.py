@@ -1,0 +1,152 @@
+"""A check's report drawn for a terminal. Texts of the data are shown with their control characters made visible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hymba_align.data.inspection.preview import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hymba_align.data.inspection.findings import CheckReport, Finding, SourceReport
+
+PLACES_SHOWN = 3
+FIXES_SHOWN = 4  # of one kind
+INDENT = 2
+OPTIONS = {  # what the command line has for a benchmark that is not at hand
+    "GSM8K": "name GSM8K's test.jsonl with --gsm8k",
+    "GPQA": "get dataset.zip from github.com/idavidrein/gpqa and name it with --gpqa",
+}
+
+
+def print_report(report: CheckReport, packing: Sequence[str], console: Console, name: str) -> None:
+    """Prints one stage's report: counts, lengths, findings by kind, what was not compared, packing, and the verdict."""
+    from rich.text import Text
+
+    title = "supervised fine-tuning (SFT)" if report.stage == "sft" else "preferences (DPO)"
+    console.print(Text(visible(f"{name}: {title}"), style="bold"))
+    console.print(_sources_table(report))
+    for fact in _facts(report):
+        _print(console, fact)
+    if report.lengths is not None and report.lengths.percentiles:
+        console.print(_lengths_table(report))
+    for kind, count in report.counts.items():
+        console.print()
+        found = report.of_kind(kind)
+        style = "bold red" if set(found) & set(report.refused) else "bold yellow"
+        console.print(Text(f"{kind}: {count:,}", style=style))
+        for line, indent, line_style in _finding_lines(found):
+            _print(console, line, indent, line_style)
+    if report.compared or report.not_compared:
+        console.print()
+    for benchmark in report.compared:
+        short = f" ({benchmark.too_short:,} of them are too short for it)" if benchmark.too_short else ""
+        _print(console, f"Compared with {benchmark.name}: {benchmark.items:,} test items{short}")
+    for missing in report.not_compared:
+        fix = OPTIONS.get(missing.name, missing.fix)
+        _print(console, f"Not compared with {missing.name}: {missing.reason}; {fix}", style="yellow")
+    if packing:
+        console.print()
+        console.print(Text("Packing", style="bold"))
+        for line in packing:
+            _print(console, line)
+    console.print()
+    _print(console, verdict(report), style="bold green" if report.allowed else "bold red")
+
+
+def verdict(report: CheckReport) -> str:
+    """Whether training would run on this data, and which findings it would pass over."""
+    harmless = {kind: sum(not one.loses_row for one in report.of_kind(kind)) for kind in report.counts}
+    passed = ", ".join(f"{kind} {count:,}" for kind, count in harmless.items() if count)
+    return f"{report.stage.upper()}: {report.verdict()}" + (f" (not stopped by {passed})" if passed else "")
+
+
+def _sources_table(report: CheckReport) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column("source", overflow="fold")
+    for column in ("rows", "lost", "pairs" if report.stage == "dpo" else "conversations", "turns", "tokens", "trained"):
+        table.add_column(column, justify="right")
+    for source in report.sources:
+        lost = _lost(source)
+        table.add_row(
+            Text.assemble(visible(source.name), (f"\n{visible(source.schema)}".rstrip("\n"), "dim")),
+            f"{source.rows:,}",
+            Text(f"{lost:,}", style="red" if lost else ""),
+            f"{source.conversations:,}{f' x {source.repeat}' if source.repeat > 1 else ''}",
+            f"{sum(source.turns.values()):,}",
+            f"{source.total_tokens:,}",
+            f"{100 * source.trained_tokens / source.total_tokens:.1f} %" if source.total_tokens else "",
+        )
+    return table
+
+
+def _table(title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _lost(source: SourceReport) -> int:
+    return source.rows - source.rows_kept - source.rows_not_chosen - source.rows_passed_over
+
+
+def _facts(report: CheckReport) -> Iterator[str]:
+    for source in report.sources:
+        if source.rows_not_chosen:
+            yield f"{source.name}: {source.rows_not_chosen:,} rows were not chosen by keep_fraction"
+        if source.rows_passed_over:
+            yield f"{source.name}: {source.rows_passed_over:,} rows were passed over by the converter"
+        if source.ignored_columns:
+            yield f"{source.name}: columns not used: {', '.join(source.ignored_columns)}"
+    if report.trained_share is not None and len(report.sources) > 1:
+        yield f"Together, {100 * report.trained_share:.1f} % of the tokens are trained on"
+    if report.validation_conversations:
+        yield f"{report.validation_conversations:,} conversations are kept for validation"
+    if report.short_rows:
+        yield f"{report.short_rows:,} rows are too short to be searched for near duplicates"
+    if report.lengths is not None and report.lengths.uncounted:
+        yield f"{report.lengths.uncounted:,} rows are so much longer than max_length that their tokens were not counted"
+
+
+def _lengths_table(report: CheckReport) -> Table:
+    assert report.lengths is not None, "the caller has looked"
+    table = _table(f"Tokens per row (max_length {report.max_length:,})")
+    for percent in report.lengths.percentiles:
+        table.add_column("longest" if percent == 100 else f"{percent} %", justify="right")
+    table.add_row(*(f"{tokens:,}" for tokens in report.lengths.percentiles.values()))
+    return table
+
+
+def _finding_lines(found: Sequence[Finding]) -> Iterator[tuple[str, int, str]]:
+    """Lines with indent and style: of each fix the first few places, then the fix once."""
+    by_fix: dict[str, list[Finding]] = {}
+    for finding in found:
+        by_fix.setdefault(finding.fix, []).append(finding)
+    groups = sorted(by_fix.items(), key=lambda group: -len(group[1]))
+    for fix, group in groups[:FIXES_SHOWN]:
+        for finding in group[:PLACES_SHOWN]:
+            yield f"{finding.place}: {finding.message}", INDENT, ""
+        if len(group) > PLACES_SHOWN:
+            yield f"and {len(group) - PLACES_SHOWN:,} more", INDENT, "dim"
+        yield f"-> {fix}", 2 * INDENT, ""
+    rest = sum(len(group) for _, group in groups[FIXES_SHOWN:])
+    if rest:
+        yield f"and {rest:,} of other sorts; --json FILE writes all", INDENT, "dim"
+
+
+def _print(console: Console, line: str, indent: int = 0, style: str = "") -> None:
+    """One line; on a terminal it is broken at words, and goes on at its indent."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    text = Text(visible(line), style=style)
+    if console.is_terminal:
+        console.print(Padding(text, (0, 0, 0, indent)))
+    else:
+        console.print(Text(" " * indent) + text, soft_wrap=True)

@@ -1,0 +1,210 @@
+"""A user's own converter: a function, named in the recipe, that turns a row into rows of a known schema.
+
+    convert: my_package.my_module:to_messages
+
+It is called with one row (a dict) and returns a row of any schema of schemas.py, a list of such rows (or yields them)
+where one row becomes several, or None to pass the row over. The recipe's `columns` and `roles` apply to what it returns.
+It runs in several processes at once and its results are cached, so that they may depend on nothing but the row, the source
+code of its package, and this package.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hymba_align.data.reading.messages import SHOWN, kind
+from hymba_align.errors import DataError
+
+_loaded_from: dict[str, str] = {}  # converters' modules that this process has imported, and their source's digest then
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A user's function; calling it gives the rows that a row becomes, none where the function returns None."""
+
+    name: str
+    function: Callable[[dict[str, Any]], Any]
+
+    def __call__(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Raises: DataError naming the function, where it fails or returns something else than rows."""
+        try:
+            result = self.function(dict(row))
+            if isinstance(result, Iterable) and not isinstance(result, (Mapping, str, bytes)):
+                result = list(result)  # a generator's errors are the function's own
+        except Exception as error:  # a user's code may raise anything
+            raise DataError(
+                f"the converter {self.name} failed with {type(error).__name__}: {_short(error)}; correct it, or let it "
+                "return None for rows that it cannot use"
+            ) from error
+        rows = [] if result is None else result if isinstance(result, list) else [result]
+        for converted in rows:
+            if not isinstance(converted, Mapping):
+                raise DataError(
+                    f"the converter {self.name} returned {kind(result)}"
+                    + (f" with {kind(converted)} in it" if converted is not result else "")
+                    + "; let it return a row (a dict), a list of rows, or None"
+                )
+        return [dict(converted) for converted in rows]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, so that another process imports the function as this one did."""
+        return load_converter, (self.name,)
+
+
+def load_converter(name: str) -> Converter:
+    """The function `package.module:name`, from the installed packages or else from below the current directory.
+
+    A function whose source has changed since this process imported it is imported anew.
+    Raises: DataError where it cannot be imported or is no function.
+    """
+    module, _ = _current_module(name)
+    attribute = name.partition(":")[2]
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise DataError(
+            f"convert is {name}, and {module.__name__} ({module.__file__}) has no {attribute!r}; name a function of it"
+        )
+    if not callable(function):
+        raise DataError(f"convert is {name}, which is {kind(function)} and no function; name a function")
+    return Converter(name, function)
+
+
+def converter_digest(name: str) -> str:
+    """A sha256 of the converter's module and of the user's modules that it imports, directly or not.
+
+    The user's are those of the same package and, outside of installed libraries, those beside it. What is imported in
+    other ways than by an `import` statement, or read from files, is not seen.
+    Raises: DataError where the converter's module cannot be imported.
+    """
+    return hashlib.sha256(f"{name}\0{_current_module(name)[1]}".encode()).hexdigest()
+
+
+def _current_module(name: str) -> tuple[ModuleType, str]:
+    """The converter's module as its source is now, and the digest of that source."""
+    module = _import(name)
+    digest = _digest(module)
+    if _loaded_from.setdefault(module.__name__, digest) != digest:
+        for changed, _ in _module_files(module):
+            sys.modules.pop(changed, None)
+        module = _import(name)
+        _loaded_from[module.__name__] = digest
+    return module, digest
+
+
+def _digest(module: ModuleType) -> str:
+    digest = hashlib.sha256()
+    for key, path in sorted(_module_files(module)):
+        content = path.read_bytes()
+        digest.update(f"\0{key}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _import(name: str) -> ModuleType:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise DataError(f"convert is {name!r}; write it as package.module:function")
+    here = os.getcwd()
+    importlib.invalidate_caches()
+    try:
+        return _import_from_source(module_name)
+    except ModuleNotFoundError as error:
+        if here in sys.path:
+            raise _import_error(name, error) from error
+    except Exception as error:  # a user's module may raise anything
+        raise _import_error(name, error) from error
+    # Last, so that a user's file cannot take the place of a library; it stays, for what the converter imports later.
+    sys.path.append(here)
+    try:
+        return _import_from_source(module_name)
+    except Exception as error:
+        sys.path.remove(here)
+        raise _import_error(name, error) from error
+
+
+def _import_from_source(module_name: str) -> ModuleType:
+    """Imports without writing bytecode, which Python takes for current if the source changes within the same second."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        return importlib.import_module(module_name)
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _import_error(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"convert is {name}, and importing {name.partition(':')[0]} failed with {type(error).__name__}: {_short(error)}; "
+        "run from the folder that holds it, or install it"
+    )
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return text if len(text) <= 3 * SHOWN else text[: 3 * SHOWN] + "…"
+
+
+def _module_files(module: ModuleType) -> list[tuple[str, Path]]:
+    """The modules whose source decides what the converter does, with their files."""
+    if not getattr(module, "__file__", None):
+        return []
+    file = Path(str(module.__file__)).resolve()
+    levels = module.__name__.count(".") + (file.name == "__init__.py")
+    root = file.parents[levels]
+    alone = module.__name__.partition(".")[0] if _holds_libraries(root) else None
+    found: dict[str, Path] = {}
+    waiting = [module.__name__]
+    while waiting:
+        name = waiting.pop()
+        path = _file_of(root, name)
+        if name in found or path is None or (alone and name.partition(".")[0] != alone):
+            continue
+        found[name] = path
+        waiting += _parents(name)
+        waiting += _imported(path.read_bytes(), name if path.name == "__init__.py" else name.rpartition(".")[0])
+    return list(found.items())
+
+
+def _holds_libraries(root: Path) -> bool:
+    libraries = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    return root in libraries or root.name in ("site-packages", "dist-packages")
+
+
+def _file_of(root: Path, name: str) -> Path | None:
+    base = root.joinpath(*name.split("."))
+    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The packages that hold a module: importing it runs them."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _imported(source: bytes, package: str) -> Iterator[str]:
+    """Names that may be modules, of all import statements anywhere in a source; `package` is what "." means in it."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # its bytes count all the same
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                yield from _parents(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            yield base
+            yield from _parents(base)
+            for alias in node.names:
+                yield f"{base}.{alias.name}"

@@ -1,0 +1,216 @@
+"""The schemas that rows may have, told by their columns, and rows read into examples.
+
+| schema            | columns                                                    | serves                               |
+|-------------------|------------------------------------------------------------|--------------------------------------|
+| preference        | prompt, chosen, rejected [, system, tools]                 | DPO; texts or messages               |
+|                   | conversations, chosen, rejected [, system, tools]          | DPO; as LLaMA-Factory writes them    |
+|                   | chosen, rejected [, system, tools]                         | DPO; whole conversations             |
+| ranked            | prompt, responses, scores [, system, tools]                | DPO                                  |
+| prompt_completion | prompt, completion [, system, tools]                       | SFT; texts or messages               |
+| messages          | messages [, tools]                                         | SFT                                  |
+| sharegpt          | conversations [, system, tools]                            | SFT                                  |
+| alpaca            | instruction, output [, input, system, history]             | SFT                                  |
+| question_answer   | question, answer [, wrong_answer]                          | SFT; DPO with wrong_answer or a made one |
+| text              | text                                                       | SFT                                  |
+
+The first whose required columns are all there is taken. Turns are objects with `role` and `content`, or with `from` and
+`value`, in every schema. `columns` in the recipe says what the file calls a column, or those keys; `roles` what a role of
+the file means.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hymba_align.data.reading import formats
+from hymba_align.data.reading.examples import Example
+from hymba_align.data.reading.messages import CALLS, CANONICAL, MOST_LEVELS, TurnStyle, shown
+from hymba_align.errors import DataError
+from hymba_align.recipe import SchemaName, SourceSection
+
+TURN_KEYS = ("role", "content")  # what `columns` may rename besides columns
+COLUMNS_SHOWN, NAME_SHOWN = 8, 24  # columns named in a message, and characters of each
+COMMON = TurnStyle(
+    ("role", "from"),
+    ("content", "value"),
+    {
+        **CANONICAL.roles,
+        "human": "user",
+        "gpt": "assistant",
+        "developer": "system",
+        **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
+        **dict.fromkeys((CALLS, "tool_call"), CALLS),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of one kind of row, the stages that it serves, and what reads it."""
+
+    name: SchemaName
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    stages: frozenset[str]
+    read: Callable[[Mapping[str, Any], TurnStyle], Example]
+
+    def ignored(self, columns: Collection[str]) -> tuple[str, ...]:
+        """Columns (by their canonical names, see `canonical_columns`) that this schema does not read, sorted."""
+        return tuple(sorted(set(map(str, columns)) - {*self.required, *self.optional}))
+
+
+SFT, DPO = frozenset({"sft"}), frozenset({"dpo"})
+CONTEXT = ("system", "tools")
+SCHEMAS = (
+    Schema("preference", ("prompt", "chosen", "rejected"), CONTEXT, DPO, formats.read_preference),
+    Schema("preference", ("conversations", "chosen", "rejected"), CONTEXT, DPO, formats.read_sharegpt_preference),
+    Schema("ranked", ("prompt", "responses", "scores"), CONTEXT, DPO, formats.read_ranked),
+    Schema("preference", ("chosen", "rejected"), CONTEXT, DPO, formats.read_implicit_preference),
+    Schema("prompt_completion", ("prompt", "completion"), CONTEXT, SFT, formats.read_prompt_completion),
+    Schema("messages", ("messages",), ("tools",), SFT, formats.read_messages),
+    Schema("sharegpt", ("conversations",), CONTEXT, SFT, formats.read_sharegpt),
+    Schema("alpaca", ("instruction", "output"), ("input", "system", "history"), SFT, formats.read_alpaca),
+    Schema("question_answer", ("question", "answer"), ("wrong_answer",), SFT | DPO, formats.read_question_answer),
+    Schema("text", ("text",), (), SFT, formats.read_text),
+)
+
+
+def detect_schema(columns: Collection[str]) -> Schema:
+    """The first schema whose required columns are all there.
+
+    Raises: DataError naming the columns found and the accepted sets, nearest first.
+    """
+    schema = _first_fitting(columns, SCHEMAS)
+    if schema is None:
+        raise DataError(
+            f"the columns found are {_named(columns)}; name them as one of these sets: {_accepted(SCHEMAS, columns)}; "
+            "or map them in the recipe with columns or convert"
+        )
+    return schema
+
+
+def schema_of(section: SourceSection, first_row: Mapping[str, Any]) -> Schema:
+    """The schema of a source's rows: the one that the recipe names, else the one that the first row's columns tell.
+
+    Raises: DataError where the columns do not fit, or `columns` names what is not there.
+    """
+    for canonical, name in section.columns.items():
+        if canonical not in TURN_KEYS and name not in first_row:
+            raise DataError(
+                f"columns says that {canonical} is called {shown(name)}, and the first row has only "
+                f"{_named(first_row)}; correct the name, or give the first row that column (null will do)"
+            )
+    columns = canonical_columns(first_row, section)
+    if section.format is None:
+        schema = detect_schema(columns)
+    else:
+        named = [schema for schema in SCHEMAS if schema.name == section.format]
+        fitting = _first_fitting(columns, named)
+        if fitting is None:
+            raise DataError(
+                f"format is {section.format}, which takes {_accepted(named, columns)}, and the columns found are "
+                f"{_named(columns)}; correct format, or map the columns in the recipe with columns"
+            )
+        schema = fitting
+    for canonical in section.columns:
+        if canonical not in (*schema.required, *schema.optional, *TURN_KEYS):
+            taken = ", ".join((*schema.required, *schema.optional, *TURN_KEYS))
+            raise DataError(f"columns names {shown(canonical)}, which {schema.name} does not read; it reads {taken}")
+    return schema
+
+
+def canonical_columns(columns: Collection[str], section: SourceSection) -> tuple[str, ...]:
+    """The file's columns as the schemas call them; those that `columns` in the recipe does not name stay."""
+    renamed = {name: key for key, name in section.columns.items() if key not in TURN_KEYS and name in columns}
+    kept = [column for column in columns if column not in renamed]
+    mapped = [key for key, name in section.columns.items() if key not in TURN_KEYS and name in columns]
+    return tuple(dict.fromkeys([*mapped, *kept]))
+
+
+def read_examples(row: Mapping[str, Any], schema: Schema, section: SourceSection) -> list[Example]:
+    """What a row holds, as the file or the section's converter gives it: one example of the schema's kind.
+
+    Raises: DataError, or RenderError for a message that cannot be rendered. Neither says where the row stands.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be an object with columns, not {shown(row)}")
+    style = COMMON
+    if section.columns or section.roles:
+        style = _style(tuple(section.columns.items()), tuple(section.roles.items()))
+        row = _renamed(row, section)
+    for column in schema.required:
+        if row.get(column) is None:
+            raise DataError(_missing(column, row, schema))
+    try:
+        return [schema.read(row, style)]
+    except RecursionError:
+        raise DataError(f"the row is nested more than {MOST_LEVELS} levels deep; flatten it") from None
+
+
+def _renamed(row: Mapping[str, Any], section: SourceSection) -> Mapping[str, Any]:
+    renamed = {key: name for key, name in section.columns.items() if key not in TURN_KEYS}
+    if not renamed:
+        return row
+    taken = set(renamed.values())
+    kept = {column: value for column, value in row.items() if column not in taken}
+    return {**kept, **{key: row.get(name) for key, name in renamed.items()}}
+
+
+@lru_cache(maxsize=64)
+def _style(columns: tuple[tuple[str, str], ...], roles: tuple[tuple[str, str], ...]) -> TurnStyle:
+    keys = dict(columns)
+    return TurnStyle(
+        (keys["role"],) if "role" in keys else COMMON.role_keys,
+        (keys["content"],) if "content" in keys else COMMON.content_keys,
+        {**COMMON.roles, **dict(roles)},
+    )
+
+
+def _missing(column: str, row: Mapping[str, Any], schema: Schema) -> str:
+    there = [name for name, value in row.items() if value is not None]
+    other = _first_fitting(there, SCHEMAS)
+    if other is not None and other is not schema and column not in row:
+        return (
+            f"the row has the columns of {other.name} ({', '.join(other.required)}), and the first row those of "
+            f"{schema.name} ({', '.join(schema.required)}); put rows of each kind into a file of their own"
+        )
+    return f"the column {column!r} is missing; every row needs {', '.join(schema.required)}"
+
+
+def _first_fitting(columns: Collection[str], schemas: Collection[Schema]) -> Schema | None:
+    found = set(columns)
+    return next((schema for schema in schemas if found.issuperset(schema.required)), None)
+
+
+def _accepted(schemas: Collection[Schema], columns: Collection[str]) -> str:
+    """The sets of required columns, those most like the ones found first."""
+    found = [str(column).lower() for column in list(columns)[:100]]
+
+    def likeness(schema: Schema) -> float:
+        def best(column: str) -> float:
+            near = difflib.get_close_matches(column, found, n=1, cutoff=0.75)
+            return difflib.SequenceMatcher(None, column, near[0]).ratio() if near else 0.0
+
+        return sum(map(best, schema.required)) / len(schema.required)
+
+    return "; or ".join(", ".join(schema.required) for schema in sorted(schemas, key=likeness, reverse=True))
+
+
+def _named(columns: Collection[str]) -> str:
+    """Names of columns, as they may stand in a message."""
+    names = [name if name.isprintable() else repr(name)[1:-1] for name in sorted(map(str, columns))]
+    rest = f" and {len(names) - COLUMNS_SHOWN} more" if len(names) > COLUMNS_SHOWN else ""
+    return ", ".join(name[:NAME_SHOWN] for name in names[:COLUMNS_SHOWN]) + rest if names else "none"
+
+
+def message_feature(*, tool_calls: bool = True) -> Any:
+    """The dataset type of a list of messages."""
+    from datasets import List, Value
+
+    text = Value("string")
+    call = {"type": text, "function": {"name": text, "arguments": text}}
+    return List({"role": text, "content": text, **({"tool_calls": List(call)} if tool_calls else {})})

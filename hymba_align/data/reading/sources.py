@@ -1,0 +1,324 @@
+"""Where rows come from: files, folders, globs, URLs and data sets of the hub, resolved by `datasets`.
+
+A source is a list of files (or one data set of the hub) in a fixed order, and an identity that follows from their
+content. Its rows come in chunks, each row with its place: "file:line", or "file: row N" where lines mean nothing.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+from hymba_align.data.reading.raw_rows import RawRow, parse_row
+from hymba_align.data.reading.readers import KINDS, DataFile, Kind, dataset_rows, readable, reason_of
+from hymba_align.errors import DataError
+from hymba_align.recipe import COMPRESSION_SUFFIXES, SourceSection, is_local_path
+
+__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "RawRow", "Source", "open_source", "parse_row", "read_hub", "source_digest"]
+
+CHUNK_ROWS = 500
+CHUNK_BYTES = 4_000_000
+ACCEPTED = ", ".join(KINDS)
+# What file systems call the digest of a file's content; what has none is read through to make one.
+CONTENT_TAGS = ("ETag", "etag", "Content-MD5", "content_md5", "md5Hash", "md5", "crc32c", "blob_id", "sha256")
+NAME_A_FILE = "name a file that exists here, or a data set of the hub"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to read: `identity` changes with their content, `files` are named as the user named them."""
+
+    name: str
+    identity: str
+    files: tuple[str, ...]
+    max_rows: int | None = None
+    contents: tuple[DataFile, ...] = field(default=(), repr=False)
+    dataset: Any = field(default=None, repr=False)  # of the hub
+
+    def rows(self) -> Iterator[RawRow]:
+        """The rows in order, lazily, no more than `max_rows`. Raises: DataError, as `chunks`."""
+        read = dataset_rows(self.name, self.dataset) if self.dataset is not None else self._file_rows()
+        empty = True
+        for row in islice(read, self.max_rows):
+            empty = False
+            yield row
+        if empty:
+            raise DataError(f"{self.name}: holds no rows; it needs at least one")
+
+    def _file_rows(self) -> Iterator[RawRow]:
+        for file in self.contents:
+            yield from file.rows()
+
+    def chunks(self) -> Iterator[list[RawRow]]:
+        """The rows in order, in chunks that depend on the content alone: CHUNK_ROWS rows, or about CHUNK_BYTES.
+
+        Raises: DataError for a file that cannot be read on, and for a source without rows.
+        """
+        chunk: list[RawRow] = []
+        size = 0
+        rows = self.rows()
+        while True:
+            try:
+                row = next(rows, None)
+            except DataError:
+                if chunk:
+                    yield chunk  # what was read before counts
+                raise
+            if row is not None:
+                size += len(row.value) if isinstance(row.value, bytes) else _size(row.value)
+                chunk.append(row)
+            if chunk and (row is None or len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES):
+                yield chunk
+                chunk, size = [], 0
+            if row is None:
+                return
+
+
+def _size(value: Any) -> int:
+    """About the bytes of a row's texts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_size(each) for each in value.values())
+    return sum(_size(each) for each in value) if isinstance(value, (list, tuple)) else 8
+
+
+def open_source(section: SourceSection) -> Source:
+    """The section's files, or its data set of the hub, ready to be read.
+
+    Raises: DataError when nothing is there, or nothing that can be read.
+    """
+    if _is_of_the_hub(section.path):
+        return _open_hub(section)
+    _check_keys(section)
+    _forget_archives()
+    with readable(section.path):
+        files = _resolve(section)
+        identity = _digest(*(part for file in files for part in (file.name, _content_tag(file))))
+    return Source(section.path, identity, tuple(file.name for file in files), section.max_rows, files)
+
+
+def source_digest(section: SourceSection) -> str:
+    """The identity that `open_source` gives; of a data set that the hub does not give out now, that of its name.
+
+    Raises: DataError for files that are missing.
+    """
+    commit = _commit(section) if _is_of_the_hub(section.path) else None
+    if commit is not None:
+        return _hub_identity(section, commit)
+    try:
+        return open_source(section).identity
+    except DataError:
+        if _is_of_the_hub(section.path):
+            return _hub_identity(section, None)
+        raise
+
+
+def _digest(*parts: str | None) -> str:
+    return hashlib.sha256("\0".join(repr(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_of_the_hub(path: str) -> bool:
+    if "://" in path or path.lower().endswith((*KINDS, *COMPRESSION_SUFFIXES)):
+        return False
+    return not is_local_path(path)
+
+
+def _check_keys(section: SourceSection) -> None:
+    for key in ("subset", "revision", "split"):
+        if getattr(section, key) != SourceSection.model_fields[key].default:
+            raise DataError(
+                f"{section.path}: {key} is '{getattr(section, key)}', but only data sets of the hub have one; remove it"
+            )
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(section: SourceSection) -> tuple[DataFile, ...]:
+    """The files that the section's path means, sorted. Raises: DataError, FileNotFoundError."""
+    path, options = section.path, section.storage_options
+    url = path.removeprefix("file://")
+    url = os.path.expanduser(url) if "://" not in url else url
+    if _is_file(url, options):
+        found = _members(path, os.path.abspath(url) if "://" not in url else url, options)
+        if not found:
+            raise DataError(f"{path}: files of this kind are not read; use one of {ACCEPTED}, also compressed")
+        return tuple(found)
+    matched = _matches(url, options)
+    if not matched:
+        raise DataError(f"{path}: no such file; name one that exists, or a hub data set such as openai/gsm8k")
+    files = [file for match in matched for file in _members(_name(url, match), match, options)]
+    if not files:
+        raise DataError(
+            f"{path}: holds no data files among its {len(matched)}; they end in {ACCEPTED}, also compressed"
+        )
+    return tuple(files)
+
+
+def _is_file(url: str, options: Mapping[str, Any]) -> bool:
+    if "://" not in url:
+        return os.path.isfile(url)
+    if url.startswith(("http://", "https://")):
+        return True  # the web has no folders
+    from datasets.utils.file_utils import xisfile
+
+    return bool(xisfile(url, download_config=_download_config(options)))
+
+
+def _matches(url: str, options: Mapping[str, Any]) -> list[str]:
+    """The files of a folder and all folders in it, or those that a glob matches; hidden ones are passed over."""
+    from datasets.data_files import resolve_pattern
+    from datasets.utils.file_utils import xisdir
+
+    config = _download_config(options)
+    folder = xisdir(url, download_config=config)
+    if not folder and not glob.has_magic(url):
+        return []
+    pattern = f"{glob.escape(url).rstrip('/')}/**" if folder else url
+    try:
+        matched = sorted(set(resolve_pattern(pattern, base_path=os.getcwd(), download_config=config)))
+    except FileNotFoundError:
+        return []
+    folders_of_datasets = {os.path.dirname(match) for match in matched if match.endswith(".arrow")}
+    return [
+        match
+        for match in matched
+        if not (os.path.basename(match) == "state.json" and os.path.dirname(match) in folders_of_datasets)
+    ]
+
+
+def _members(name: str, url: str, options: Mapping[str, Any]) -> list[DataFile]:
+    """The data file at `url`, or those in it when it is a zip archive; none when it is of another kind."""
+    from datasets import StreamingDownloadManager
+
+    bare = _without_query(url)
+    if not bare.lower().endswith(COMPRESSION_SUFFIXES):
+        kind = _kind_of(bare)
+        return [DataFile(name, url, kind, options)] if kind else []
+    kind = _kind_of(bare)
+    is_archive = bare.lower().endswith(".zip")
+    if kind is None and not is_archive:
+        return []
+    manager = StreamingDownloadManager(download_config=_download_config(options))
+    with readable(name):
+        inner = sorted(manager.iter_files(manager.extract(url)))
+    if not is_archive:
+        return [DataFile(name, each, kind, options) for each in inner if kind]
+    inside = [(each, each.split("::")[0].removeprefix("zip://")) for each in inner]
+    known = [(each, member, _kind_of(member)) for each, member in inside if not _is_hidden(member)]
+    if len(inner) == 1 and known and known[0][2] is None:
+        known = [(known[0][0], known[0][1], kind)]  # d.jsonl.zip says what its only member is
+    files = [(each, member, of) for each, member, of in known if of is not None]
+    return [DataFile(name if len(files) == 1 else f"{name}/{member}", each, of, options) for each, member, of in files]
+
+
+def _kind_of(path: str) -> Kind | None:
+    """What a file of this name holds, beneath its compression; None for other kinds."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        suffixes.pop()
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _is_hidden(member: str) -> bool:
+    return any(part.startswith((".", "__")) for part in PurePosixPath(member).parts)
+
+
+def _without_query(url: str) -> str:
+    return re.split(r"[?#]", url)[0] if url.startswith(("http://", "https://")) else url
+
+
+def _name(given: str, match: str) -> str:
+    """A match as the user would write it: relative where the glob or folder is."""
+    return os.path.relpath(match) if "://" not in given and not os.path.isabs(given) else match
+
+
+def _download_config(options: Mapping[str, Any]) -> Any:
+    from datasets import DownloadConfig
+
+    return DownloadConfig(storage_options=dict(options))
+
+
+def _forget_archives() -> None:
+    """fsspec keeps archives open by their path, and would go on reading one that was replaced."""
+    from fsspec import get_filesystem_class
+
+    get_filesystem_class("zip").clear_instance_cache()
+
+
+def _content_tag(file: DataFile) -> str:
+    """What changes when the file's content does: its digest here, its tag where a remote file system gives one."""
+    from datasets.utils.file_utils import _prepare_path_and_storage_options, xopen
+    from fsspec.core import url_to_fs
+
+    *_, outer = file.url.split("::")  # a compressed file, not what is in it
+    if "://" in outer:
+        prepared, storage_options = _prepare_path_and_storage_options(outer, _download_config(file.storage_options))
+        filesystem, path = url_to_fs(prepared, **storage_options)
+        filesystem.invalidate_cache()
+        information = filesystem.info(path)
+        tags = [f"{tag}={information[tag]}" for tag in CONTENT_TAGS if information.get(tag)]
+        if tags:
+            return " ".join(tags)
+    with readable(file.name), xopen(outer, "rb", download_config=_download_config(file.storage_options)) as content:
+        digest = hashlib.sha256()
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+def _open_hub(section: SourceSection) -> Source:
+    commit = _commit(section)
+    options = {"name": section.subset, "split": section.split, "revision": commit or section.revision}
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        dataset = read_hub(section.path, NAME_A_FILE, streaming=True, **given)
+    except DataError:
+        if (
+            commit is not None and commit != section.revision
+        ):  # the hub answers, so it is what is asked for that is wrong
+            raise
+        dataset = read_hub(section.path, NAME_A_FILE, **given)  # what was downloaded before serves without a network
+    identity = _hub_identity(section, commit or getattr(dataset, "_fingerprint", None))
+    return Source(section.path, identity, (section.path,), section.max_rows, dataset=dataset)
+
+
+def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives for a data set on the hub. Raises: DataError that ends in `what_to_do`."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path=repository, **options)
+    except Exception as error:  # the hub, its client and the readers raise many kinds, all about this data set
+        raise DataError(
+            f"{repository} cannot be read from the Hugging Face hub ({reason_of(error)}); {what_to_do}"
+        ) from error
+
+
+def _hub_identity(section: SourceSection, version: str | None) -> str:
+    return _digest("hub", section.path, section.subset, section.split, version or section.revision)
+
+
+def _commit(section: SourceSection) -> str | None:
+    """The commit that the section's revision means now; None where the hub cannot say."""
+    if section.revision and COMMIT.fullmatch(section.revision):
+        return section.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(section.path, revision=section.revision, timeout=10).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+        return None

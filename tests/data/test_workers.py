@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from hymba_align.data.workers import AHEAD_PER_WORKER, WORTH_PROCESSES, ordered_map
+
+
+def slow_for_early_items(item: int) -> tuple[int, int]:
+    time.sleep(0.02 if item % 3 == 0 else 0)
+    return item, os.getpid()
+
+
+def raise_at_seven(item: int) -> int:
+    if item == 7:
+        raise KeyError("seven")
+    return item
+
+
+def test_results_come_in_the_order_of_the_items_whatever_the_number_of_processes() -> None:
+    for workers in (1, 2, 3):
+        results = list(ordered_map(slow_for_early_items, range(20), workers))
+        assert [item for item, _ in results] == list(range(20))
+        assert len({process for _, process in results}) == workers
+        assert (os.getpid() in {process for _, process in results}) == (workers == 1)
+
+
+def test_a_few_items_start_no_process() -> None:
+    results = ordered_map(slow_for_early_items, range(WORTH_PROCESSES - 1), 2)
+    assert {process for _, process in results} == {os.getpid()}
+
+
+def test_no_more_than_a_few_items_are_read_ahead_of_the_reader() -> None:
+    read = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal read
+        for item in itertools.count():
+            read = item + 1
+            yield item
+
+    results = ordered_map(slow_for_early_items, counted(), 2)
+    for _ in range(10):
+        next(results)
+    assert read <= 10 + 2 * AHEAD_PER_WORKER + 1
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_what_a_process_raises_reaches_the_reader() -> None:
+    results = ordered_map(raise_at_seven, range(20), 2)
+    with pytest.raises(KeyError, match="seven"):
+        list(results)
