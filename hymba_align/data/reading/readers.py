@@ -101,6 +101,25 @@ def _blocks(file: DataFile) -> Generator[bytes, None, None]:
             while block:
                 yield block
                 block = content.read(BLOCK_BYTES)
+        if file.url.startswith("zstd://"):
+            _check_frames(file, config)
+
+
+def _check_frames(file: DataFile, config: Any) -> None:
+    """Raises DataError where a Zstandard file ends within a frame, which its reader takes for the end of the data."""
+    import zstandard
+    from datasets.utils.file_utils import xopen
+
+    frame = None
+    with xopen(file.url.partition("::")[2], "rb", download_config=config) as compressed:
+        while block := compressed.read(BLOCK_BYTES):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise DataError(f"{file.name}: cannot be read (it ends within a frame, so it was cut off); copy it again")
 
 
 def _lines(file: DataFile) -> Iterator[bytes]:

@@ -199,6 +199,8 @@ def test_compressed_files_give_the_same_bytes_even_those_that_are_not_utf8(tmp_p
         path.write_bytes(pack(content))
         bad = "not UTF-8 text (byte 0xE9 at byte 8, invalid continuation byte); save it as UTF-8"
         assert read(path) == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2}), (f"{path}:4", bad)]
+        path.write_bytes(pack(content) + pack(content))
+        assert len(read(path)) == 6
         path.write_bytes(pack(content)[:-5])
         assert f"{path}: cannot be read (" in refusal(path)
         table = tmp_path / f"d.csv.{suffix}"
