@@ -7,6 +7,7 @@ Each source is read in chunks, which worker processes turn into records (records
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -331,7 +332,8 @@ def _stream_records(section: DataSection, opened: Source, maker: Maker) -> Itera
         _refuse_losses(section, [_source_counts(maker.settings.source, maker.reader.schema, asdict(counts))])
         yield from table.to_pylist()
     counted = _source_counts(maker.settings.source, maker.reader.schema, {**asdict(total), "columns": total.columns})
-    print(f"{counted.name}: {summarise(counted)}", flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that train, each of which reads the whole stream
+        print(f"{counted.name}: {summarise(counted)}", flush=True)
 
 
 def _refuse_losses(section: DataSection, sources: Sequence[SourceCounts]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -54,19 +53,21 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
         streaming=data.streaming,
     )
     to_rows = partial(training_rows, max_length=section.max_length, packing=bool(arguments.packing))
+    with arguments.main_process_first(desc="packing"):  # the others find its result in the cache
+        rows = to_rows(prepared.dataset)
+        validation_rows = to_rows(prepared.validation) if prepared.validation is not None else None
     with settings_refused_by_trl("sft"):
         trainer = HymbaSFTTrainer(
             model=load_start(recipe, start, tokenizer),
             args=arguments,
-            train_dataset=to_rows(prepared.dataset),
-            eval_dataset=to_rows(prepared.validation) if prepared.validation is not None else None,
+            train_dataset=rows,
+            eval_dataset=validation_rows,
             processing_class=tokenizer,
             callbacks=stage_callbacks("sft", stage_dir),
         )
     if not data.streaming:
-        check_nothing_lost(prepared.dataset, trainer.train_dataset)
+        check_nothing_lost(prepared.dataset, rows)
     if arguments.process_index == 0:
-        rows: Any = trainer.train_dataset
         model = trainer.accelerator.unwrap_model(trainer.model)
         packed = arguments.packing and not data.streaming
         meta_tokens = model.config.num_memory_tokens
