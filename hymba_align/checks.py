@@ -62,7 +62,7 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
         _check_settings(recipe, stage)
     if scores:
         _check_eval_data(recipe, ask_hub=ask_hub)
-    for stage in stages:
+    for stage in stages if rank() == 0 else ():  # one process reads the data for all
         _check_data(recipe, stage, tokenizer, ask_hub=ask_hub)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.data.template import backend
+from hymba_align.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ def cached(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     """The folder that `build` filled for an equal key, now or earlier; it appears whole or not at all.
 
     It lies in the cache of `datasets` (HF_DATASETS_CACHE).
+    Raises: DataError when it cannot be written there; whatever `build` raises.
     """
     from datasets import config
 
@@ -33,16 +35,17 @@ def cached(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     folder = root / digest(key)
     if folder.is_dir():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=root))
     try:
-        build(temporary)
-        temporary.rename(folder)
-    except OSError:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name[:16]}.", dir=root, ignore_cleanup_errors=True) as built:
+            build(Path(built))
+            os.rename(built, folder)
+    except OSError as error:
         if not folder.is_dir():  # else another process was faster, with the same result
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise DataError(
+                f"prepared data cannot be written to {root} ({error.strerror or error}); set HF_DATASETS_CACHE to a folder "
+                "with room"
+            ) from error
     return folder
 
 

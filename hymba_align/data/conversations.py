@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,9 +138,14 @@ class ConversationMaker:
         trained = [piece for piece in pieces if any(piece.assistant_mask)]
         if pieces and not trained:
             counts.lost.append(Lost(unit.place, "no token of it is trained on; mark a turn 'train: true' or remove it"))
+        elif len(trained) < len(pieces):
+            untrained = f"{len(pieces) - len(trained)} of its {len(pieces)} parts have no token to train on"
+            counts.cut.append(Lost(unit.place, untrained, overlong=True))
         return trained
 
     def _shortened(self, whole: Conversation, how: Literal["truncate", "split"]) -> tuple[list[Rendered], str | None]:
+        if self.settings.loss_on == "last":
+            whole = _only_last_trained(whole)  # which a part of it would take its own last turn for
         pieces, why = shorten(whole, self._length, self.settings.max_length, how)
         rendered = render_conversations(self.tokenizer, pieces, loss_on=self.settings.loss_on)
         assert all(isinstance(one, Rendered) for one in rendered), "parts of a conversation that was rendered"
@@ -166,6 +171,16 @@ class ConversationMaker:
             "place": unit.place,
             "validation": unit.validation,
         }
+
+
+def _only_last_trained(whole: Conversation) -> Conversation:
+    """The conversation with every assistant's turn but the last marked `train: False`."""
+    last = max(turn for turn, message in enumerate(whole.messages) if message["role"] == "assistant")
+    messages = [
+        {**message, "train": False} if message["role"] == "assistant" and turn != last else message
+        for turn, message in enumerate(whole.messages)
+    ]
+    return replace(whole, messages=messages)
 
 
 def cut_text(

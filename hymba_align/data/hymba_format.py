@@ -7,7 +7,8 @@ carries exactly that template. A property test holds the two equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,46 +29,69 @@ def break_up(text: str, tokens: Sequence[str]) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Written:
+    """A conversation's text; spans in it are (start, end) in characters.
+
+    `turns` are the assistant's. `unmarked` are the texts of other turns with `train: False`; None where the template does
+    not tell them.
+    """
+
+    text: str
+    turns: list[tuple[int, int]]
+    unmarked: list[tuple[int, int]] | None
+
+
 def format_conversation(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, add_generation_prompt: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text that hymba.jinja writes, and the assistant's turns in it as (start, end) in characters."""
+) -> Written:
+    """The conversation as hymba.jinja writes it."""
     eos = str(tokenizer.eos_token)
     control = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token)
     plain = partial(break_up, tokens=[HEADER, *(token for token in control if token)])
-    text = _head(conversation, plain)
-    spans: list[tuple[int, int]] = []
-    before: Message | None = None
+    turns: list[tuple[int, int]] = []
+    unmarked: list[tuple[int, int]] = []
+    parts = [*_head(conversation, plain, unmarked)]
+    length = sum(map(len, parts))
+    before: Message = {"role": "system"}
     for message in conversation.messages:
-        role, said = message["role"], plain(message["content"].strip())
-        if before is not None and before["role"] == "assistant":
-            text += "\n"
-        if role == "user":
-            text += f"<extra_id_1>User\n{said}\n"
-        elif role == "tool":
-            text += f"<extra_id_1>Tool\n{said}\n"
-        elif role == "assistant":
-            text += "<extra_id_1>Assistant\n"
-            start = len(text)
-            text += "\n".join(
-                [*([said] if said else []), *(_call(call, plain) for call in message.get("tool_calls") or ())]
-            )
-            text += eos
-            spans.append((start, len(text)))
+        role = message["role"]
+        text = "\n" if before["role"] == "assistant" else ""
+        if role != "system":
+            text += f"<extra_id_1>{role.capitalize()}\n"
+            start = length + len(text)
+            said = plain(message["content"].strip())
+            if role == "assistant":
+                calls = [_call(call, plain) for call in message.get("tool_calls") or ()]
+                text += "\n".join([said, *calls] if said else calls) + eos
+                turns.append((start, length + len(text)))
+            else:
+                text += said + "\n"
+                if said and not message.get("train", True):
+                    unmarked.append((start, start + len(said)))
+        parts.append(text)
+        length += len(text)
         before = message
     if add_generation_prompt:
-        text += ("\n" if before is not None and before["role"] == "assistant" else "") + "<extra_id_1>Assistant\n"
-    return text, spans
+        parts.append(("\n" if before["role"] == "assistant" else "") + "<extra_id_1>Assistant\n")
+    return Written("".join(parts), turns, unmarked)
 
 
-def _head(conversation: Conversation, plain: Callable[[str], str]) -> str:
-    text = "<extra_id_0>System"
+def _head(conversation: Conversation, plain: Callable[[str], str], unmarked: list[tuple[int, int]]) -> Iterator[str]:
+    """The system's part in pieces; spans of system messages with `train: False` are added to `unmarked`."""
+    yield "<extra_id_0>System"
+    length = len("<extra_id_0>System")
     for message in conversation.messages:
         if message["role"] == "system":
-            text += "\n" + plain(message["content"].strip()) + ("\n" if conversation.tools else "")
+            said = plain(message["content"].strip())
+            if said and not message.get("train", True):
+                unmarked.append((length + 1, length + 1 + len(said)))
+            text = f"\n{said}" + ("\n" if conversation.tools else "")
+            length += len(text)
+            yield text
     for tool in conversation.tools:
-        text += f"\n<tool> {plain(dump_json(tool))} </tool>"
-    return text + "\n\n"
+        yield f"\n<tool> {plain(dump_json(tool))} </tool>"
+    yield "\n\n"
 
 
 def _call(call: Message, plain: Callable[[str], str]) -> str:

@@ -92,8 +92,6 @@ class PairMaker:
                 )
                 pair = Preference([*before.messages, *pair.prompt], pair.chosen, pair.rejected)
                 earlier.append(Located(located.place, example))
-        if list(pair.chosen) == list(pair.rejected):
-            raise DataError("chosen equals rejected, so there is nothing to prefer; correct or remove the pair")
         return pair
 
     def _pair_lengths(self, pairs: Sequence[Located[Preference]]) -> list[tuple[int, int, int] | DataError]:
@@ -167,4 +165,6 @@ def pair_lengths(
     length = len(prompt.input_ids)
     if any(side.input_ids[:length] != prompt.input_ids for side in (chosen, rejected)):
         return DataError("the chat template rewrites the prompt when a reply follows; use chat_template: hymba")
+    if chosen.input_ids == rejected.input_ids:
+        return DataError("chosen equals rejected, so there is nothing to prefer; correct or remove the pair")
     return length, len(chosen.input_ids), len(rejected.input_ids)

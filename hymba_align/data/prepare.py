@@ -248,6 +248,8 @@ def _build(opened: Source, maker: Maker, workers: int | None, folder: Path) -> N
                 writer.write_table(table)
             total.add(counts)
         writer.finalize()
+    if opened.dataset is None and open_source(maker.settings.source).identity != opened.identity:
+        raise DataError(f"{opened.name}: changed while it was read; run the command again")
     content = {**asdict(total), "columns": sorted(total.columns)}
     (folder / "counts.json").write_text(json.dumps(content), encoding="utf-8")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from hymba_align.data.hymba_format import break_up, format_conversation
+from hymba_align.data.hymba_format import HEADER, Written, break_up, format_conversation
 from hymba_align.data.reading.examples import Conversation
 from hymba_align.data.reading.messages import Message, Tool, canonical_messages
 from hymba_align.data.template import backend, has_generation_markers, template_text
@@ -89,12 +89,12 @@ def render_prompts(
 def render_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int | None = None) -> Rendered:
     """A text without roles, as the base model saw texts: the tokenizer's own beginning, the text, the end token.
 
-    Every token is marked. Control tokens written in the text are broken up by a word joiner, as the template does.
+    Every token is marked. Control tokens and turn headers in the text are broken up by a word joiner, as in the template.
     Raises: OverlongError.
     """
     if max_length is not None and len(text) > longest_text(tokenizer, max_length):
         raise _overlong(text, max_length)
-    text = break_up(text, tokenizer.all_special_tokens)
+    text = break_up(text, [HEADER, *tokenizer.all_special_tokens])
     ids: list[int] = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     return Rendered(ids, [1] * len(ids))
 
@@ -127,26 +127,24 @@ def _render_batch(
     own = tokenizer.chat_template == template_text()
     write = format_conversation if own else partial(_render_text, marked=marked)
     results: list[Rendered | RenderError | None] = []
-    texts: list[str] = []
-    spans: list[list[tuple[int, int]]] = []
+    written: list[Written] = []
     for conversation in conversations:
         try:
-            text, characters = write(tokenizer, conversation, add_generation_prompt=add_generation_prompt)
-            if longest is not None and max_length is not None and len(text) > longest:
-                raise _overlong(text, max_length)
+            one = write(tokenizer, conversation, add_generation_prompt=add_generation_prompt)
+            if longest is not None and max_length is not None and len(one.text) > longest:
+                raise _overlong(one.text, max_length)
         except RenderError as error:
             results.append(error)
         else:
             results.append(None)
-            texts.append(text)
-            spans.append(characters)
-    encodings = iter(zip(_encode(tokenizer, texts), spans, strict=True))
+            written.append(one)
+    encodings = iter(zip(_encode(tokenizer, [one.text for one in written]), written, strict=True))
     control = set(tokenizer.all_special_ids) if marked else set()
     for place, conversation in enumerate(conversations):
         if results[place] is None:
-            encoding, characters = next(encodings)
+            encoding, one = next(encodings)
             try:
-                results[place] = _masked(tokenizer, conversation, encoding, characters, control, loss_on)
+                results[place] = _masked(tokenizer, conversation, encoding, one, control, loss_on)
             except RenderError as error:
                 results[place] = error
     return [result for result in results if result is not None]
@@ -154,8 +152,8 @@ def _render_batch(
 
 def _render_text(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, add_generation_prompt: bool, marked: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text that the template writes, and the assistant's turns in it as (start, end) in characters."""
+) -> Written:
+    """The conversation as the template writes it."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -172,7 +170,9 @@ def _render_text(
     except TemplateError as error:
         raise RenderError(f"the chat template refuses the conversation: {error}") from error
     texts, spans = rendered
-    return texts[0], [(start, end) for start, end in (spans[0] if spans else [])]
+    others = [message for message in conversation.messages if message["role"] != "assistant"]
+    known = all(message.get("train", True) for message in others)
+    return Written(texts[0], [(start, end) for start, end in (spans[0] if spans else [])], [] if known else None)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterable[Any]:
@@ -185,12 +185,12 @@ def _masked(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
     encoding: Any,
-    characters: Sequence[tuple[int, int]],
+    written: Written,
     control: set[int],
     loss_on: LossOn,
 ) -> Rendered:
     ids: list[int] = encoding.ids
-    turns = tuple((encoding.char_to_token(start), encoding.char_to_token(end - 1) + 1) for start, end in characters)
+    turns = tuple(_in_tokens(encoding, written.turns))
     if control:
         _check_control_tokens(tokenizer, ids, control, {end - 1 for _, end in turns})
     marked = [message.get("train", True) for message in conversation.messages if message["role"] == "assistant"]
@@ -203,7 +203,18 @@ def _masked(
     for number, (start, end) in enumerate(turns):
         counts = marked[number] and (loss_on != "last" or number == last)
         mask[start:end] = [int(counts)] * (end - start)
+    if loss_on == "all" and written.unmarked is None:
+        raise RenderError(
+            "a turn with train: false is not the assistant's, and this chat template does not say where it is; use 'hymba'"
+        )
+    for start, end in _in_tokens(encoding, written.unmarked or []):
+        mask[start:end] = [0] * (end - start)
     return Rendered(ids, mask, turns)
+
+
+def _in_tokens(encoding: Any, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Spans of characters as spans of tokens."""
+    return ((encoding.char_to_token(start), encoding.char_to_token(end - 1) + 1) for start, end in spans)
 
 
 def _check_control_tokens(

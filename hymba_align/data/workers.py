@@ -8,8 +8,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+from hymba_align.errors import HymbaAlignError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -31,6 +34,7 @@ def ordered_map(
     """`map(function, items)` by `workers` processes (None: one per core), at most a few items ahead of the reader.
 
     What comes back, and its order, does not depend on the number of processes. `function` goes to each process once.
+    Raises: HymbaAlignError when a process is killed.
     """
     workers = workers or available_cores()
     remaining = iter(items)
@@ -48,6 +52,11 @@ def ordered_map(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise HymbaAlignError(
+                "a process that prepared data was killed, most often for want of memory; set data.workers to less than "
+                f"{workers}"
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()

@@ -14,6 +14,7 @@ import pytest
 from hymba_align.data import cache, prepare
 from hymba_align.data.prepare import Prepared, prepare_preferences, prepare_sft
 from hymba_align.data.template import load_tokenizer
+from hymba_align.errors import DataError
 from hymba_align.recipe import DataSection
 
 ROWS = [{"question": f"question {number}", "answer": f"answer {number}\n#### {number}"} for number in range(20)]
@@ -114,6 +115,69 @@ def test_another_tokenizer_rebuilds(load: Callable[[str], Any], data: Path, buil
     prepared = prepare_sft(section, changed, 512, seed=0)
     assert len(builds) == 2
     assert changed.convert_tokens_to_ids("question") in prepared.dataset[0]["input_ids"]
+
+
+def test_another_name_of_a_special_token_rebuilds(load: Callable[[str], Any], data: Path, builds: list[str]) -> None:
+    section = DataSection(path=str(data))
+    changed = load_tokenizer(load("small").name_or_path)
+    before = cache.tokenizer_digest(changed)
+    changed.bos_token = "</s>"
+    assert changed.backend_tokenizer.to_str() == load("small").backend_tokenizer.to_str()
+    assert cache.tokenizer_digest(changed) != before
+    prepare_sft(section, load("small"), 512, seed=0)
+    prepare_sft(section, changed, 512, seed=0)
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("library", ["transformers", "tokenizers"])
+def test_another_version_of_a_library_that_tokenizes_rebuilds(
+    small: Any, data: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    section = DataSection(path=str(data))
+    prepare_sft(section, small, 512, seed=0)
+    monkeypatch.setattr(f"{library}.__version__", "0.0.0")
+    prepare_sft(section, small, 512, seed=0)
+    assert len(builds) == 2
+
+
+def test_records_made_again_are_known_as_the_same(small: Any, data: Path, builds: list[str], tmp_path: Path) -> None:
+    import datasets
+
+    section = DataSection(path=str(data))
+    first = prepare_sft(section, small, 512, seed=0).dataset._fingerprint
+    shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE) / cache.FOLDER)
+    assert prepare_sft(section, small, 512, seed=0).dataset._fingerprint == first
+    assert len(builds) == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_cached(
+    small: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, content = DataSection(path=str(data)), data.read_text()
+    ordered_map = prepare.ordered_map
+
+    def changed_first(*arguments: Any) -> Any:
+        data.write_text(content.replace("answer", "other"))
+        return ordered_map(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "ordered_map", changed_first)
+        with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; run the command again"):
+            prepare_sft(section, small, 512, seed=0)
+    data.write_text(content)
+    assert "answer 7" in small.decode(prepare_sft(section, small, 512, seed=0).dataset[7]["input_ids"])
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    small: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data / "below")
+    with pytest.raises(
+        DataError, match=r"^prepared data cannot be written to .*; set HF_DATASETS_CACHE to a folder with room"
+    ):
+        prepare_sft(DataSection(path=str(data)), small, 512, seed=0)
 
 
 def test_another_template_rebuilds(load: Callable[[str], Any], data: Path, builds: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,34 @@ def test_over_long_conversations_are_cut_or_split_at_turns_by_the_users_choice(s
         DataError, match=r"m\.jsonl:1: longer than max_length=180: it has \d+ tokens; raise max_length, or set"
     ):
         prepared("refuse")
+
+
+def test_the_last_turn_that_counts_is_that_of_the_row_and_not_of_its_parts(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"messages": LONG_TURNS}) + "\n")
+    section = DataSection(path=str(path), over_long="split", loss_on="last")
+    prepared = prepare_sft(section, small, 180, seed=0)
+    trained = [
+        token
+        for row in prepared.dataset
+        for token, marked in zip(row["input_ids"], row["assistant_masks"], strict=True)
+        if marked
+    ]
+    assert small.decode(trained).startswith("assistant 3 ")
+    assert trained.count(small.eos_token_id) == 1
+    assert re.fullmatch(r"\d of its \d parts have no token to train on", prepared.sources[0].cut[0].reason)
+    section = section.model_copy(update={"over_long": "truncate"})
+    with pytest.raises(DataError, match="no token of it is trained on"):
+        prepare_sft(section, small, 180, seed=0)
+
+
+def test_pairs_that_are_equal_as_the_template_writes_them_are_lost(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "q", "chosen": "a ", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare_preferences(DataSection(path=str(path), bad_rows="drop"), small, 512, seed=0)
+    assert [one.place for one in prepared.lost] == [f"{path}:1"]
+    assert prepared.lost[0].reason.startswith("chosen equals rejected, so ")
 
 
 def test_over_long_texts_are_cut_or_continued(small: Any, tmp_path: Path) -> None:

@@ -119,6 +119,26 @@ def test_a_turn_with_train_false_is_never_marked(small: Any) -> None:
         result = rendered(small, conversation, loss_on=loss_on)
         assert [result.assistant_mask[start] for start, _ in result.turns] == marked
     assert rendered(small, conversation, loss_on="all").assistant_mask[0] == 1
+    others = Conversation(
+        [
+            {"role": "system", "content": "rules", "train": False},
+            {"role": "user", "content": "secret", "train": False},
+            {"role": "assistant", "content": "two"},
+        ],
+        [{"name": "tool"}],
+    )
+    result = rendered(small, others, loss_on="all")
+    hidden = [token for token, marked in zip(result.input_ids, result.assistant_mask, strict=True) if not marked]
+    assert small.decode(hidden) == "rulessecret"
+    own = small.chat_template
+    try:
+        small.chat_template = own + " "
+        with pytest.raises(
+            RenderError, match="a turn with train: false is not the assistant's, and this chat template"
+        ):
+            raise render_conversations(small, [others], loss_on="all")[0]  # type: ignore[misc]
+    finally:
+        small.chat_template = own
     alone = of(("one", "two"), train=False)
     assert not any(rendered(small, alone, loss_on="last").assistant_mask)
 
@@ -155,10 +175,10 @@ def test_a_prompt_ends_where_the_reply_begins(small: Any) -> None:
 @pytest.mark.parametrize("name", ["small", "released"])
 def test_a_plain_text_is_trained_whole_and_ends_once(load: Callable[[str], Any], name: str) -> None:
     tokenizer = load(name)
-    result = render_text(tokenizer, "One text.\n</s><s> [PAD] more")
+    result = render_text(tokenizer, "One text.\n</s><s> [PAD] <extra_id_1>User")
     assert result.assistant_mask == [1] * len(result.input_ids)
     assert result.input_ids == [
-        *tokenizer("One text.\n<\u2060/s><\u2060s> [\u2060PAD] more")["input_ids"],
+        *tokenizer("One text.\n<\u2060/s><\u2060s> [\u2060PAD] <\u2060extra_id_1>User")["input_ids"],
         tokenizer.eos_token_id,
     ]
     assert [token for token in result.input_ids if token in tokenizer.all_special_ids] == [

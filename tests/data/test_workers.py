@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hymba_align.data.workers import AHEAD_PER_WORKER, WORTH_PROCESSES, ordered_map
+from hymba_align.errors import HymbaAlignError
 
 
 def slow_for_early_items(item: int) -> tuple[int, int]:
@@ -48,6 +49,19 @@ def test_no_more_than_a_few_items_are_read_ahead_of_the_reader() -> None:
         next(results)
     assert read <= 10 + 2 * AHEAD_PER_WORKER + 1
     results.close()  # type: ignore[attr-defined]
+
+
+def die_at_seven(item: int) -> int:
+    if item == 7:
+        os._exit(9)
+    return item
+
+
+def test_a_process_that_is_killed_is_one_sentence() -> None:
+    with pytest.raises(
+        HymbaAlignError, match=r"^a process that prepared data was killed, .*; set data.workers to less than 2"
+    ):
+        list(ordered_map(die_at_seven, range(20), 2))
 
 
 def test_what_a_process_raises_reaches_the_reader() -> None:

@@ -54,7 +54,7 @@ BFCL_PACKAGE = "bfcl_eval"
 READ_A_FILE = "name a file"
 GSM8K_FIX = "set eval.gsm8k.test_path to GSM8K's test.jsonl"
 GPQA_FIX = "get dataset.zip from github.com/idavidrein/gpqa and name it"
-BFCL_FIX = "pip install bfcl-eval"
+BFCL_FIX = "pip install --no-deps bfcl-eval"
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def test_what_is_not_at_hand_is_named_with_how_to_get_it(tmp_path: Path, monkeyp
             "set eval.gsm8k.test_path to GSM8K's test.jsonl",
         ),
         NotCompared("GPQA", "no file of it was named", "get dataset.zip from github.com/idavidrein/gpqa and name it"),
-        NotCompared("BFCL", "the package bfcl-eval, which ships its data, is not installed", "pip install bfcl-eval"),
+        NotCompared("BFCL", "the package bfcl-eval, which ships its data, is not installed", "pip install --no-deps bfcl-eval"),
     )
 
 
@@ -371,7 +371,7 @@ def test_a_broken_bfcl_package_is_not_compared_and_says_why(
 ) -> None:
     data = bfcl_package(tmp_path, monkeypatch, files)
     assert only("BFCL", find_benchmarks("no")) == NotCompared(
-        "BFCL", reason.format(data=data), "pip install bfcl-eval --force-reinstall"
+        "BFCL", reason.format(data=data), "pip install --no-deps bfcl-eval --force-reinstall"
     )
 
 
