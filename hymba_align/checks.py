@@ -208,4 +208,4 @@ def _check_data(
         prepare = prepare_sft if stage == "sft" else prepare_preferences
         prepared = prepare(data, tokenizer, getattr(recipe, stage).max_length, seed=recipe.seed)
         if data.streaming:
-            next(iter(prepared.dataset))  # a stream is made only as far as it is read
+            next(iter(prepared.dataset))  # a stream is made only as far as it is read, and has a row or raises

@@ -24,7 +24,7 @@ from hymba_align.data.inspection.preview import (
     visible,
 )
 from hymba_align.errors import DataError
-from hymba_align.stage_data import StageData, only_beginning, prepare_leniently
+from hymba_align.stage_data import StageData, only_beginning, prepare_leniently, read_before_training
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,14 +70,16 @@ def check_stages(
         test_file = gsm8k / "test.jsonl" if gsm8k is not None and gsm8k.is_dir() else gsm8k
         benchmarks = find_benchmarks(test_file or stages[0].gsm8k_test, gpqa)
         for number, data in enumerate(stages):
+            section, notes = read_before_training(data.section), only_beginning(data)
             report = check_data(
-                data.section, data.stage, data.tokenizer, data.max_length, seed=data.seed, benchmarks=benchmarks
+                section, data.stage, data.tokenizer, data.max_length, seed=data.seed, benchmarks=benchmarks
             )
             packing = _packing_of(data)
             if number:
                 console.rule(style="dim")
-            print_report(report, packing, console, data.name)
-            written.append({**report.to_json(), "packing": list(packing), "verdict": verdict(report)})
+            print_report(report, packing, console, data.name, notes)
+            more = {"packing": list(packing), "verdict": verdict(report), "notes": list(notes)}
+            written.append({**report.to_json(), **more})
             code = max(code, report.exit_code)
     if json_file is not None:
         write_json(json_file, {"name": stages[0].name, "stages": written})
@@ -109,7 +111,7 @@ def _packing_of(data: StageData) -> tuple[str, ...]:
         return (NOT_PACKED,)
     packed = pack(prepared.dataset, data.max_length)
     report = packing_report(packed["seq_lengths"], data.max_length, data.meta_tokens)
-    return (*report.lines(), *only_beginning(data))
+    return tuple(report.lines())
 
 
 # --- preview ----------------------------------------------------------------------------------------------------------
@@ -144,7 +146,11 @@ def preview(data: StageData, count: int) -> Preview:
     Raises: UsageError.
     """
     prepared = prepare_leniently(data)
-    facts = (f"max_length {data.max_length:,}", *prepared.summary().splitlines(), *only_beginning(data))
+    facts = (
+        f"max_length {data.max_length:,}",
+        *prepared.summary().splitlines(),
+        *only_beginning(data),
+    )
     chosen = choose(_source_of_each(prepared), count)
     title = f"{data.name}: {'supervised fine-tuning (SFT)' if data.stage == 'sft' else 'preferences (DPO)'}"
     warnings = tuple(_warnings(data, prepared))
@@ -193,7 +199,7 @@ def _pairs(data: StageData, prepared: Prepared, chosen: Sequence[int]) -> tuple[
 
 def _pair_parts(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> tuple[Part, ...]:
     """Prompt, chosen and rejected as TRL divides them: whatever follows the prompt is trained on."""
-    from hymba_align.data.reading.messages import canonical_tools
+    from hymba_align.data.reading.tool_calls import canonical_tools
     from hymba_align.data.rendering import render
 
     tools = canonical_tools(record.get("tools"))

@@ -92,7 +92,7 @@ class Step:
 
 
 def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
-    """Runs every stage that is not done yet, then prints the scores and writes report.md.
+    """Runs every stage that is not done yet, then writes report.md and prints the scores and where the model is.
 
     Raises:
         UsageError: the recipe or its files are at fault; whatever can be known before the first stage is raised there.
@@ -104,14 +104,17 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
         )
     steps = plan(recipe)
     _run_steps(recipe, steps, dry_run=dry_run)
-    if dry_run or not recipe.scored_stages:
+    if dry_run:
         return
     from hymba_align.eval.report import score_table, write_report
 
     root, console = run_root(recipe), _console()
     report = write_report(root)
-    console.print(score_table(root), soft_wrap=False)
-    console.print(f"Report: {report}")
+    if recipe.scored_stages:
+        console.print(score_table(root), soft_wrap=False)
+    if recipe.training_stages:
+        console.print(f"Model: {root / recipe.training_stages[-1] / 'final'}", markup=False)
+    console.print(f"Report: {report}", markup=False)
 
 
 def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = False) -> None:

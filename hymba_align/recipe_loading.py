@@ -280,6 +280,8 @@ def _problem(section: type[BaseModel], error: ErrorDetails, path: KeyPath, prefi
             return f"{dotted} is {_shown(error['input'])}; it must be a section with keys of its own"
         case "string_pattern_mismatch" if dotted == "name":
             return f"{dotted} is {_shown(error['input'])}; use letters, digits, '.', '_' and '-', with a letter or digit first"
+        case "string_pattern_mismatch" if path and path[-1] == "convert":
+            return f"{dotted} is {_shown(error['input'])}; write MODULE:FUNCTION, such as my_data:to_messages"
         case "string_type" if not isinstance(error["input"], (dict, list)):
             return f"{dotted} is {_shown(error['input'])}; it must be a string, so put it in quotes"
     nearest = _nearest_choice(error)

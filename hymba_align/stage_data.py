@@ -175,22 +175,22 @@ def prepare_leniently(data: StageData) -> Prepared:
 
     section = data.section
     over_long = "drop" if section.over_long == "refuse" else section.over_long
-    section = section.model_copy(update={"bad_rows": "drop", "over_long": over_long})
-    if section.streaming:
-        section = _beginning(section)
+    section = read_before_training(section.model_copy(update={"bad_rows": "drop", "over_long": over_long}))
     prepare = prepare_sft if data.stage == "sft" else prepare_preferences
     return prepare(section, data.tokenizer, data.max_length, seed=data.seed)
 
 
 def only_beginning(data: StageData) -> tuple[str, ...]:
-    """A sentence to say so where `prepare_leniently` reads no more than the beginning."""
+    """A sentence to say so where no more than the beginning is read, as `read_before_training` gives it."""
     if not data.section.streaming:
         return ()
     return (f"data.streaming is true, so this is about the first {STREAMED_ROWS:,} rows of each source",)
 
 
-def _beginning(section: DataSection) -> DataSection:
-    """A streamed section as one that is read before training, with so many rows of each source."""
+def read_before_training(section: DataSection) -> DataSection:
+    """The section; of a streamed one its beginning, STREAMED_ROWS of each source, as one that is read before training."""
+    if not section.streaming:
+        return section
     sources = tuple(
         source.model_copy(update={"max_rows": min(source.max_rows or STREAMED_ROWS, STREAMED_ROWS)})
         for source in section.all_sources

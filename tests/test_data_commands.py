@@ -176,6 +176,78 @@ def test_one_fix_is_printed_once_for_many_rows(run: Run, tmp_path: Path) -> None
     assert len([line for line in block if "->" in line]) == 1
 
 
+def test_files_that_are_not_read_are_named_by_check_and_preview(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    chats(folder / "a.jsonl")
+    for number in range(12):
+        (folder / f"c{number:02}.txt").write_text("")
+    said = f"files passed over: {', '.join(f'c{number:02}.txt' for number in range(10))} and 2 more"
+
+    for command in ("check", "preview"):
+        code, out, _ = run(command, folder, *TINY)
+
+        assert code == 0
+        assert said in " ".join(out.split())
+
+
+def test_of_a_streamed_set_the_beginning_is_checked_and_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hymba_align.stage_data
+
+    monkeypatch.setattr(hymba_align.stage_data, "STREAMED_ROWS", 5)
+    path = chats(tmp_path / "my.jsonl")
+    path.write_text(path.read_text() + "{malformed\n")
+
+    code, out, _ = run("check", path, *TINY, "streaming=true", "--json", tmp_path / "report.json")
+
+    assert code == 0
+    sentence = "data.streaming is true, so this is about the first 5 rows of each source"
+    assert out.splitlines().count(sentence) == 1
+    assert "hold 5 documents" in out or "holds 5 documents" in out
+    (stage,) = json.loads((tmp_path / "report.json").read_text())["stages"]
+    assert (stage["rows"], stage["findings"], stage["notes"]) == (5, [], [sentence])
+    kept = [json.loads(counts.read_text())["rows_read"] for counts in (tmp_path / "cache").rglob("counts.json")]
+    assert kept == [5]
+
+
+def test_long_paths_lose_their_beginning_in_the_table_and_nowhere_else(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / "a folder with a long name" / "gsm8k"
+    folder.mkdir(parents=True)
+    path = chats(folder / "train.jsonl")
+
+    _, out, _ = run("check", path, *TINY)
+
+    table = out.split("source")[1].split("Tokens per row")[0]
+    assert "…/gsm8k/train.jsonl " in table
+    assert "a folder" not in table
+    write(path, BAD)
+    assert f"{path}:2: the conversation has no assistant turn" in run("check", path, *TINY)[1]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_name_is_broken_within_a_word_however_long_it_is(width: int) -> None:
+    from rich.console import Console
+
+    from hymba_align.data.inspection.check_printing import print_report
+    from hymba_align.data.inspection.findings import CheckReport, SourceReport
+
+    for length in range(1, 90):
+        name = ("folder/" * 20)[:length].replace("r/", "r/" if length % 2 else "rr")
+        source = SourceReport(name, "question_answer", 7473, 7473, 7473, {"user": 14946}, 1_000_000, 2_124_248)
+        console = Console(width=width, force_terminal=False)
+        with console.capture() as captured:
+            print_report(CheckReport("sft", 64, "drop", "drop", (source,), None, ()), (), console, "d")
+        lines = captured.get().splitlines()
+        (row,) = [number for number, line in enumerate(lines) if "question" in line]
+        above = lines[row - 1].split("  ")[0].strip()
+        assert above == name or (above.startswith("…") and name.endswith(above.removeprefix("…")))
+
+
 def test_all_stages_of_a_recipe_are_checked(run: Run) -> None:
     code, out, _ = run("check", RECIPE, "data.max_rows=20", "dpo.data.max_rows=10")
 

@@ -162,6 +162,7 @@ class ConversationMaker:
 
     def _record(self, unit: Unit, rendered: Rendered, counts: Counts) -> dict[str, Any]:
         counts.conversations += 1
+        counts.for_validation += unit.validation
         if not unit.validation:
             counts.trained_tokens += sum(rendered.assistant_mask)
             counts.total_tokens += len(rendered.input_ids)

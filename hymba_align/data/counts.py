@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from hymba_align.data.reading.examples import Lost
+from hymba_align.data.reading.schemas import Schema, unread_columns
+from hymba_align.recipe import TrainingStage
+
+if TYPE_CHECKING:
+    from hymba_align.data.settings import Settings
 
 REASONS_SHOWN = 6
+FILES_SHOWN = 10
+
+
+def name_files(names: Sequence[str]) -> str:
+    """The first of several files by name, and the number of the others."""
+    more = len(names) - FILES_SHOWN
+    return ", ".join(names[:FILES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 @dataclass
@@ -22,12 +35,20 @@ class Counts:
     rows_passed_over: int = 0
     """For which the converter gave None."""
     conversations: int = 0
+    """Or texts, or pairs."""
+    for_validation: int = 0
+    """Of these conversations."""
     trained_tokens: int = 0
     total_tokens: int = 0
     lost: list[Lost] = field(default_factory=list)
     cut: list[Lost] = field(default_factory=list)
     """Parts of conversations that over_long cut away."""
     columns: set[str] = field(default_factory=set)
+    """Of the rows as the file has them."""
+    unread_columns: set[str] = field(default_factory=set)
+    """Of the rows that a converter gives: those that their schemas do not read."""
+    unread_keys: set[str] = field(default_factory=set)
+    """Keys of turns that hold something and are not read."""
 
     def add(self, other: Counts) -> None:
         """Adds another chunk's counts to these."""
@@ -40,6 +61,20 @@ class Counts:
             else:
                 getattr(self, name).update(value)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `of_json` makes equal counts."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Counts:
+        """The counts that `to_json` gave."""
+        counts = cls()
+        for name, value in values.items():
+            empty = getattr(counts, name)
+            made = set(value) if isinstance(empty, set) else value
+            setattr(counts, name, [Lost(**one) for one in value] if isinstance(empty, list) else made)
+        return counts
+
 
 @dataclass(frozen=True)
 class SourceCounts:
@@ -51,17 +86,82 @@ class SourceCounts:
 
     name: str
     schema: str
+    stage: TrainingStage
     repeat: int
     rows_read: int
     rows_kept: int
     rows_not_chosen: int
     rows_passed_over: int
     conversations: int
+    for_validation: int
     trained_tokens: int
     total_tokens: int
     lost: tuple[Lost, ...] = ()
     cut: tuple[Lost, ...] = ()
+    files_passed_over: tuple[str, ...] = ()
     ignored_columns: tuple[str, ...] = ()
+    """Of the file, or, behind a converter, of the rows that it gives."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys of turns that nothing reads."""
+
+    @classmethod
+    def of(
+        cls, settings: Settings, schema: Schema | None, counts: Counts, files_passed_over: Sequence[str] = ()
+    ) -> SourceCounts:
+        """Counts with what is known about the source; `schema` is None where a converter decides row by row."""
+        source = settings.source
+        unread = unread_columns(counts.columns, schema, source) if schema is not None else counts.unread_columns
+        return cls(
+            name=source.path,
+            schema=schema.name if schema is not None else f"by {source.convert}",
+            stage=settings.stage,
+            repeat=source.repeat,
+            **{name: value for name, value in vars(counts).items() if isinstance(value, int)},
+            lost=tuple(counts.lost),
+            cut=tuple(counts.cut),
+            files_passed_over=tuple(files_passed_over),
+            ignored_columns=tuple(sorted(unread)),
+            unread_keys=tuple(sorted(counts.unread_keys)),
+        )
+
+    def left_out(self) -> list[str]:
+        """Why rows are not in the data, each reason with its count."""
+        parts = []
+        if self.rows_not_chosen:
+            parts.append(f"{self.rows_not_chosen:,} not chosen by keep_fraction")
+        if self.rows_passed_over:
+            parts.append(f"{self.rows_passed_over:,} passed over by the converter")
+        return [*parts, *describe_losses(self.lost)]
+
+    def summary(self) -> str:
+        """What became of the source's rows, in one line."""
+        unit = "conversation" if self.stage == "sft" else "pair"
+        made = f"{self.conversations:,} {unit}{'s' if self.conversations != 1 else ''}"
+        parts = [f"{self.rows_kept:,} of {self.rows_read:,} rows kept in {made}"]
+        if self.repeat > 1:
+            parts[0] += f", {self.repeat} times"
+        if self.for_validation:
+            parts.append(f"{self.for_validation:,} of them for validation")
+        parts += self.left_out()
+        if self.cut:
+            parts.append(f"{len(self.cut):,} shortened (first {self.cut[0].place}: {self.cut[0].reason})")
+        parts.append(f"{self.trained_tokens:,} of {self.total_tokens:,} tokens trained on")
+        if self.files_passed_over:
+            parts.append(f"files passed over: {name_files(self.files_passed_over)}")
+        if self.ignored_columns:
+            parts.append(f"columns not used: {', '.join(self.ignored_columns)}")
+        if self.unread_keys:
+            parts.append(f"keys of turns not used: {', '.join(self.unread_keys)}")
+        return "; ".join(parts)
+
+
+def nothing_left(sources: Sequence[SourceCounts]) -> str:
+    """Why no row is left for training, in one sentence."""
+    names, read = ", ".join(source.name for source in sources), sum(source.rows_read for source in sources)
+    why = [reason for source in sources for reason in source.left_out()]
+    held_out = sum(source.for_validation for source in sources)
+    why += [f"{held_out:,} for validation"] if held_out else []
+    return f"{names}: none of the {read:,} rows is left for training: {'; '.join(why)}"
 
 
 def losses_by_reason(lost: Iterable[Lost]) -> list[tuple[str, list[Lost]]]:
@@ -86,21 +186,3 @@ def describe_losses(lost: Iterable[Lost]) -> list[str]:
     parts = [f"{len(group):,} lost ({reason}, first {group[0].place})" for reason, group in groups[:REASONS_SHOWN]]
     rest = sum(len(group) for _, group in groups[REASONS_SHOWN:])
     return [*parts, *([f"{rest:,} lost for other reasons"] if rest else [])]
-
-
-def summarise(source: SourceCounts) -> str:
-    """What became of a source's rows, in one line."""
-    parts = [f"{source.rows_kept:,} of {source.rows_read:,} rows kept in {source.conversations:,} conversations"]
-    if source.repeat > 1:
-        parts[0] += f", {source.repeat} times"
-    if source.rows_not_chosen:
-        parts.append(f"{source.rows_not_chosen:,} not chosen by keep_fraction")
-    if source.rows_passed_over:
-        parts.append(f"{source.rows_passed_over:,} passed over by the converter")
-    parts += describe_losses(source.lost)
-    if source.cut:
-        parts.append(f"{len(source.cut):,} shortened (first {source.cut[0].place}: {source.cut[0].reason})")
-    parts.append(f"{source.trained_tokens:,} of {source.total_tokens:,} tokens trained on")
-    if source.ignored_columns:
-        parts.append(f"columns not used: {', '.join(source.ignored_columns)}")
-    return "; ".join(parts)

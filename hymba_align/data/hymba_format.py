@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hymba_align.data.reading.examples import Conversation
-from hymba_align.data.reading.messages import Message, dump_json
+from hymba_align.data.reading.json_text import dump_json
+from hymba_align.data.reading.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -109,14 +109,18 @@ class PackingReport:
         padded = self.padded_tokens + self.meta_tokens * self.documents
         packed = self.tokens + self.meta_tokens * self.rows
         return [
-            f"{self.rows:,} rows of up to {self.max_length:,} tokens hold {self.documents:,} documents, "
-            f"{self.documents_per_row:.1f} per row",
+            f"{_count(self.rows, 'row')} of up to {_count(self.max_length, 'token')} hold{'s' * (self.rows == 1)} "
+            f"{_count(self.documents, 'document')}, {self.documents_per_row:.1f} per row",
             f"fill rate {100 * self.fill_rate:.2f} %: {self.tokens:,} tokens in room for {self.rows * self.max_length:,}",
             f"tokens saved: {self.padding_saved:,} of padding (in batches of {PADDED_BATCH} documents in random order, "
             f"each padded to its longest) and {self.meta_saved:,} meta tokens ({self.meta_tokens} once per row instead of "
             f"once per document)",
             f"a training pass computes {packed:,} tokens instead of {padded:,}",
         ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def packing_report(lengths_per_row: Iterable[Sequence[int]], max_length: int, meta_tokens: int) -> PackingReport:

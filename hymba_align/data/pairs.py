@@ -11,7 +11,7 @@ from hymba_align.data.counts import Counts
 from hymba_align.data.joining import solved_examples
 from hymba_align.data.lengths import shorten_prompt
 from hymba_align.data.reading.examples import Conversation, Example, Located, Lost, Preference, QuestionAnswer
-from hymba_align.data.reading.messages import dump_json
+from hymba_align.data.reading.json_text import dump_json
 from hymba_align.data.reading.row_reader import content_hash
 from hymba_align.data.rendering import OverlongError, Rendered, render_conversations, render_prompts
 from hymba_align.data.settings import LONGER_REMEDY, Settings, bookkeeping_columns
@@ -69,6 +69,7 @@ class PairMaker:
                 continue
             kept.add(pair.place)
             counts.conversations += 1
+            counts.for_validation += validation
             if not validation:
                 counts.trained_tokens += total - 2 * prompt
                 counts.total_tokens += total

@@ -7,8 +7,7 @@ Each source is read in chunks, which worker processes turn into records (records
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.data.cache import cached, code_digest, digest, tokenizer_digest
-from hymba_align.data.counts import Counts, SourceCounts, describe_losses, summarise
+from hymba_align.data.counts import Counts, SourceCounts, nothing_left
 from hymba_align.data.reading.converters import converter_digest
 from hymba_align.data.reading.examples import Example, Located, Lost
 from hymba_align.data.reading.row_reader import RowReader, check_stage
@@ -24,16 +23,15 @@ from hymba_align.data.reading.schemas import Schema, schema_of
 from hymba_align.data.reading.sources import Source, open_source, parse_row
 from hymba_align.data.records import Maker, record_features
 from hymba_align.data.settings import Settings
+from hymba_align.data.streaming import StreamedSource, mixed_stream
 from hymba_align.data.template import has_generation_markers
 from hymba_align.data.workers import ordered_map
 from hymba_align.errors import DataError
 from hymba_align.recipe import DataSection, SourceSection, TrainingStage
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-STREAM_SHUFFLED = 10_000  # records from which a stream of several sources draws at random
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,13 @@ class Prepared:
     """A dataset ready for a trainer, one for validation if any, and what became of the rows of every source.
 
     SFT: columns `input_ids`, `assistant_masks`, `place`; DPO: `prompt`, `chosen`, `rejected` (lists of messages), `place`
-    and, where there are any, `tools`. A streamed dataset has no counts: its rows are read when training asks for them.
+    and, where there are any, `tools`. A streamed dataset has no counts before it is read; `streams` have them afterwards.
     """
 
     dataset: Dataset
     validation: Dataset | None
     sources: tuple[SourceCounts, ...]
+    streams: tuple[StreamedSource, ...] = ()
 
     @property
     def rows_read(self) -> int:
@@ -73,11 +72,15 @@ class Prepared:
         """Every row that is left out, in order."""
         return tuple(chain.from_iterable(source.lost for source in self.sources))
 
+    def counted(self) -> tuple[SourceCounts, ...]:
+        """What became of the rows of every source; of streamed ones, of those that were read by now."""
+        return self.sources or tuple(stream.counted(stream.counts) for stream in self.streams)
+
     def summary(self) -> str:
         """One line per source, and one for all where there are several; for people."""
         if not self.sources:
             return "streaming: rows are prepared, and counted, while training reads them"
-        lines = [f"{source.name}: {summarise(source)}" for source in self.sources]
+        lines = [f"{source.name}: {source.summary()}" for source in self.sources]
         if self.validation is not None:
             lines.append(f"{len(self.validation):,} conversations are kept for validation")
         if len(self.sources) > 1:
@@ -158,16 +161,13 @@ def _prepare(
 ) -> Prepared:
     seed = seed if section.seed is None else section.seed
     if section.streaming:
-        return Prepared(_stream(section, _settings(section, max_length, stage, seed), tokenizer, seed), None, ())
+        return _streamed(section, _settings(section, max_length, stage, seed), tokenizer, seed)
     made = examine(section, tokenizer, max_length, stage, seed=seed)
     counts = tuple(counted for _, counted in made)
     _refuse_losses(section, counts)
     dataset = _mixed([records for records, _ in made], section, seed, validation=False)
     if dataset is None:
-        lost = ", ".join(describe_losses(one for source in counts for one in source.lost))
-        read = sum(one.rows_read for one in counts)
-        names = ", ".join(one.name for one in counts)
-        raise DataError(f"{names}: none of the {read:,} rows is left for training: {lost or 'all are for validation'}")
+        raise DataError(nothing_left(counts))
     validation = _mixed([records for records, _ in made], section, seed, validation=True)
     if validation is None and section.validation_fraction:
         raise DataError(
@@ -217,11 +217,11 @@ def _records(
     maker = Maker(settings, schema, tokenizer)
     key = _key(settings, opened, tokenizer)
     folder = cached(key, partial(_build, opened, maker, section.workers))
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    counts = Counts.of_json(json.loads((folder / "counts.json").read_text(encoding="utf-8")))
     read = Dataset.from_file(str(folder / "records.arrow"), info=DatasetInfo(features=record_features(settings.stage)))
     # By content, so that what TRL derives from it and caches is found again, and never for other content.
     read._fingerprint = digest([folder.name, "records"])[:16]
-    return read, _source_counts(settings.source, schema, counts)
+    return read, SourceCounts.of(settings, schema, counts, opened.passed_over)
 
 
 def _key(settings: Settings, opened: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -250,22 +250,22 @@ def _build(opened: Source, maker: Maker, workers: int | None, folder: Path) -> N
         writer.finalize()
     if opened.dataset is None and open_source(maker.settings.source).identity != opened.identity:
         raise DataError(f"{opened.name}: changed while it was read; run the command again")
-    content = {**asdict(total), "columns": sorted(total.columns)}
-    (folder / "counts.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "counts.json").write_text(json.dumps(total.to_json()), encoding="utf-8")
 
 
-def _source_counts(source: SourceSection, schema: Schema | None, counts: Mapping[str, Any]) -> SourceCounts:
-    columns = [source_name for source_name in counts["columns"] if source_name not in source.columns.values()]
-    numbers = {name: value for name, value in counts.items() if isinstance(value, int)}
-    return SourceCounts(
-        name=source.path,
-        schema=schema.name if schema is not None else f"by {source.convert}",
-        repeat=source.repeat,
-        **numbers,
-        lost=tuple(Lost(**one) for one in counts["lost"]),
-        cut=tuple(Lost(**one) for one in counts["cut"]),
-        ignored_columns=schema.ignored(columns) if schema is not None else (),
-    )
+def _streamed(
+    section: DataSection, settings: Sequence[Settings], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Prepared:
+    if section.validation_fraction:
+        raise DataError(
+            "data.validation_fraction needs a set that is read before training; set it to 0, or data.streaming to false"
+        )
+    streams = []
+    for one in settings:
+        opened = open_source(one.source)
+        maker = Maker(one, _schema(one.source, opened, one.stage), tokenizer)
+        streams.append(StreamedSource(opened, maker, lambda counts: _refuse_losses(section, [counts])))
+    return Prepared(mixed_stream(streams, seed), None, (), tuple(streams))
 
 
 # ---- several sources -------------------------------------------------------------------------------------------------
@@ -300,42 +300,6 @@ def _mixed(records: Sequence[Dataset], section: DataSection, seed: int, *, valid
     if "tools" in together.column_names and not any(together["tools"]):
         together = together.remove_columns("tools")
     return together
-
-
-def _stream(
-    section: DataSection, settings: Sequence[Settings], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> IterableDataset:
-    """The records of all sources, made while they are read; several sources take turns and are shuffled."""
-    from datasets import IterableDataset, interleave_datasets
-
-    if section.validation_fraction:
-        raise DataError(
-            "data.validation_fraction needs a set that is read before training; set data.streaming to false"
-        )
-    streams = []
-    for one in settings:
-        opened = open_source(one.source)
-        maker = Maker(one, _schema(one.source, opened, one.stage), tokenizer)
-        stream = IterableDataset.from_generator(
-            partial(_stream_records, section, opened, maker), features=record_features(one.stage)
-        )
-        streams += [stream] * one.source.repeat
-    if len(streams) == 1:
-        return streams[0].remove_columns("validation")
-    mixed = interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
-    return mixed.shuffle(seed=seed, buffer_size=STREAM_SHUFFLED).remove_columns("validation")
-
-
-def _stream_records(section: DataSection, opened: Source, maker: Maker) -> Iterator[dict[str, Any]]:
-    total = Counts()
-    for chunk in opened.chunks():
-        table, counts = maker(chunk)
-        total.add(counts)
-        _refuse_losses(section, [_source_counts(maker.settings.source, maker.reader.schema, asdict(counts))])
-        yield from table.to_pylist()
-    counted = _source_counts(maker.settings.source, maker.reader.schema, {**asdict(total), "columns": total.columns})
-    if os.environ.get("RANK", "0") == "0":  # of the processes that train, each of which reads the whole stream
-        print(f"{counted.name}: {summarise(counted)}", flush=True)
 
 
 def _refuse_losses(section: DataSection, sources: Sequence[SourceCounts]) -> None:

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 
 from hymba_align.data.hymba_format import HEADER, Written, break_up, format_conversation
 from hymba_align.data.reading.examples import Conversation
-from hymba_align.data.reading.messages import Message, Tool, canonical_messages
+from hymba_align.data.reading.messages import Message, canonical_messages
+from hymba_align.data.reading.tool_calls import Tool
 from hymba_align.data.template import backend, has_generation_markers, template_text
 from hymba_align.errors import RenderError
 

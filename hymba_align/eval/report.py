@@ -136,7 +136,9 @@ def _data_section(run_root: Path) -> list[str]:
         record = read_json(path)
         lines += [_row(_source_cells(stage, source)) for source in record["sources"]]
         if record["validation"]:
-            packing.append(f"{stage.upper()}: {record['validation']:,} conversations are kept for validation.")
+            packing.append(
+                f"{stage.upper()}: {record['validation']:,} {'conversations' if stage == 'sft' else 'pairs'} are kept for validation."
+            )
         if record["packing"]:
             packed = record["packing"]
             packing.append(
@@ -145,7 +147,7 @@ def _data_section(run_root: Path) -> list[str]:
             )
     if not lines:
         return ["No data was recorded yet."]
-    head = ["stage", "source", "rows", "kept", "conversations", "tokens", "trained on", "left out"]
+    head = ["stage", "source", "rows", "kept", "conversations or pairs", "tokens", "trained on", "left out"]
     return ["\n".join([_row(head), _row(["---", "---", *["---:"] * 5, "---"]), *lines]), *packing]
 
 
@@ -180,6 +182,11 @@ def _stage_table(section: dict[str, Any], losses: list[dict[str, Any]], records:
     ):
         if isinstance(last.get(key), (int, float)):
             rows.append((name, f"{last[key]:.3f}"))
+    validated = [record for record in records if record.get("eval_loss") is not None]
+    for name, record in (("first", validated[0]), ("last", validated[-1])) if validated else ():
+        rows.append((f"validation loss, {name}", f"{record['eval_loss']:.4f} (step {record['step']})"))
+    if validated and validated[-1].get("eval_rewards/accuracies") is not None:
+        rows.append(("validation pairs preferred rightly", f"{validated[-1]['eval_rewards/accuracies']:.3f}"))
     if last.get("tokens"):
         rows.append(("tokens", f"{last['tokens']:,}"))
     runtimes = [record["train_runtime"] for record in records if record.get("train_runtime")]

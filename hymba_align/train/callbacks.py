@@ -122,7 +122,12 @@ class Progress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            told = f"{self.stage}  step {state.global_step}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
+            tqdm.write(told, file=sys.stderr)
+        if "loss" not in logs:
             return
         shown = describe(logs)
         if self.bar is not None:

@@ -147,18 +147,23 @@ def prepare_once(
 
 
 def record_data(stage_dir: Path, prepared: Prepared, packing: PackingReport | None) -> None:
-    """Writes data.json, which says what became of every source's rows and how full packed rows are; prints the latter."""
+    """Writes data.json, which says what became of every source's rows and how full packed rows are; prints the latter.
+
+    Of a stream it says, and prints, what became of the rows that were read by now.
+    """
     from hymba_align.checkpoint import write_json
     from hymba_align.data.counts import losses_by_reason
 
     sources = []
-    for source in prepared.sources:
+    for source in prepared.counted():
         counted = {key: value for key, value in vars(source).items() if key not in ("lost", "cut")}
         reasons = {reason: len(lost) for reason, lost in losses_by_reason(source.lost)}
         sources.append({**counted, "lost": reasons, "shortened": len(source.cut)})
     validation = len(prepared.validation) if prepared.validation is not None else 0
     report = {**vars(packing), "fill_rate": packing.fill_rate} if packing is not None else None
     write_json(stage_dir / DATA_RECORD, {"sources": sources, "validation": validation, "packing": report})
+    for source in prepared.counted() if prepared.streams else ():
+        print(f"{source.name}: {source.summary()}", flush=True)
     if packing is not None:
         print("packing: " + "; ".join(packing.lines()[:2]), flush=True)
 

@@ -67,13 +67,15 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
         )
     if not data.streaming:
         check_nothing_lost(prepared.dataset, rows)
-    if arguments.process_index == 0:
+    if arguments.process_index == 0 and not data.streaming:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        packed = arguments.packing and not data.streaming
         meta_tokens = model.config.num_memory_tokens
-        report = packing_report(rows["seq_lengths"], section.max_length, meta_tokens) if packed else None
+        report = packing_report(rows["seq_lengths"], section.max_length, meta_tokens) if arguments.packing else None
         record_data(stage_dir, prepared, report)
-    return run_stage(trainer, stage_dir)
+    metrics = run_stage(trainer, stage_dir)
+    if data.streaming and arguments.process_index == 0:
+        record_data(stage_dir, prepared, None)
+    return metrics
 
 
 def training_rows(dataset: Dataset, *, max_length: int, packing: bool) -> Dataset:

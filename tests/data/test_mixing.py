@@ -79,6 +79,15 @@ def test_keep_fraction_keeps_about_that_share_by_content_and_seed(small: Any, tm
     assert {place for place in places(more.dataset) if int(place.split(":")[1]) <= 1000} == kept[0]
 
 
+def test_why_nothing_is_left_is_said(small: Any, two: tuple[str, str]) -> None:
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: none of the 30 rows is left for training: 30 not chosen by keep_fraction$"
+    ):
+        prepare_sft(DataSection(path=two[0], keep_fraction=1e-9), small, 512, seed=0)
+    with pytest.raises(DataError, match=r"none of the 30 rows is left for training: 30 for validation$"):
+        prepare_sft(DataSection(path=two[0], validation_fraction=1 - 1e-9), small, 512, seed=0)
+
+
 def test_max_rows_reads_the_first_rows(small: Any, two: tuple[str, str]) -> None:
     prepared = prepare_sft(DataSection(path=two[0], max_rows=4), small, 512, seed=0)
     assert places(prepared.dataset) == [f"a.jsonl:{line}" for line in (1, 2, 3, 4)]
@@ -159,22 +168,22 @@ def test_a_stream_gives_the_rows_of_the_set_that_is_read_before_training(small: 
     assert [Path(row["place"]).name for row in prepare_sft(both, small, 512, seed=0).dataset] == mixed
 
 
-def test_a_stream_stops_at_a_bad_row_or_counts_it(
-    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stream_stops_at_a_bad_row_or_counts_it(small: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "apple", 3)
     with open(path, "a") as file:
         file.write("{broken\n")
     with pytest.raises(DataError, match=r"a\.jsonl:4: malformed JSON"):
         list(prepare_sft(DataSection(path=path, streaming=True), small, 512, seed=0).dataset)
     allowed = DataSection(path=path, streaming=True, bad_rows="drop")
-    assert len(list(prepare_sft(allowed, small, 512, seed=0).dataset)) == 3
-    assert "3 of 4 rows kept in 3 conversations; 1 lost (malformed JSON" in capsys.readouterr().out
+    prepared = prepare_sft(allowed, small, 512, seed=0)
+    assert len(list(prepared.dataset)) == 3
+    (counted,) = prepared.counted()
+    assert (counted.rows_read, counted.rows_kept, len(counted.lost)) == (4, 3, 1)
 
 
 def test_what_streams_cannot_do_is_refused(small: Any, two: tuple[str, str]) -> None:
     with pytest.raises(
-        DataError, match=r"data.validation_fraction needs a set that is read before training; set data.str"
+        DataError, match=r"data.validation_fraction needs a set that is read before training; set it to 0, or data.str"
     ):
         prepare_sft(DataSection(path=two[0], streaming=True, validation_fraction=0.1), small, 512, seed=0)
     with pytest.raises(

@@ -219,6 +219,11 @@ def test_the_report_counts_what_its_definitions_say() -> None:
     ]
 
 
+def test_the_report_says_one_row_and_one_document() -> None:
+    assert packing_report([[3]], 40, 128).lines()[0] == "1 row of up to 40 tokens holds 1 document, 1.0 per row"
+    assert packing_report([[3, 4]], 40, 128).lines()[0] == "1 row of up to 40 tokens holds 2 documents, 2.0 per row"
+
+
 def test_padded_tokens_are_the_mean_over_all_orders() -> None:
     lengths, batch = [7, 1, 4, 4, 12, 9], 2
     sums = [

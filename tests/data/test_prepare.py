@@ -92,7 +92,8 @@ def test_rows_that_are_too_long_stop_the_run_unless_they_may_be_dropped(small: A
             r"^longer than max_length=100: .* has \d{3} tokens; raise max_length, or set data.over_long to say",
             lost.reason,
         )
-        assert prepared.summary().startswith(f"{data.path}: 3 of 4 rows kept in 3 conversations; 1 lost (")
+        unit = "conversations" if prepare_stage is prepare_sft else "pairs"
+        assert prepared.summary().startswith(f"{data.path}: 3 of 4 rows kept in 3 {unit}; 1 lost (")
         assert prepared.summary().endswith("tokens trained on; columns not used: id")
         with pytest.raises(DataError, match=r"d\.jsonl:2: longer than max_length=100: "):
             prepare_stage(section(tmp_path / "d.jsonl", *rows), small, 100, seed=0)

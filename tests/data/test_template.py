@@ -162,22 +162,26 @@ def test_tools_and_parallel_calls_have_the_written_form(small: Any) -> None:
         '<tool> {"name": "f"} </tool>\n<tool> {"name": "g"} </tool>\n\n'
         "<extra_id_1>User\nU\n"
         '<extra_id_1>Assistant\nLooking.\n<toolcall> {"name": "f", "arguments": {"b": 1, "a": "é"}} </toolcall>\n'
-        '<toolcall> {"name": "g", "arguments": {"x": [1, 2]}} </toolcall></s>\n'
+        '<toolcall> {"name": "g", "arguments": {"x":[1,2]}} </toolcall></s>\n'
         '<extra_id_1>Tool\n{"r": 1}\n'
         '<extra_id_1>Assistant\n<toolcall> {"name": "h", "arguments": {}} </toolcall></s>'
     )
 
 
-@pytest.mark.parametrize("arguments", [{"b": [1, None], "a": "é"}, '{"b":[1,null],   "a":"\\u00e9"}'])
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({"b": [1, None], "a": "é"}, '{"b": [1, null], "a": "é"}'),
+        (' {"b":[1,null],   "a":"\\u00e9"}', '{"b":[1,null],   "a":"\\u00e9"}'),
+    ],
+)
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_tool_call_renders_alike_in_every_form(small: Any, arguments: Any, wrapped: bool) -> None:
+def test_a_tool_call_renders_alike_in_every_form(small: Any, arguments: Any, written: str, wrapped: bool) -> None:
     call = {"name": "f", "arguments": arguments}
     forms = [{"type": "function", "function": call} if wrapped else call]
     messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "", "tool_calls": forms}]
     rendered = render(small, messages)
-    assert trained_texts(small, rendered) == [
-        '<toolcall> {"name": "f", "arguments": {"b": [1, null], "a": "é"}} </toolcall></s>'
-    ]
+    assert trained_texts(small, rendered) == [f'<toolcall> {{"name": "f", "arguments": {written}}} </toolcall></s>']
     if isinstance(arguments, dict):  # the bare template, as TRL and lm-eval call it, agrees
         assert small.apply_chat_template(messages, return_dict=False) == rendered.input_ids
 

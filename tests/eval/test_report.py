@@ -47,6 +47,8 @@ def run_root(tmp_path: Path) -> Path:
     records = [
         {"step": 5, "epoch": 0.5, "loss": 4.25, "learning_rate": 5e-5, "tokens": 900, "mean_token_accuracy": 0.25},
         {"step": 10, "epoch": 1.0, "loss": 0.5, "learning_rate": 1e-6, "tokens": 1800, "mean_token_accuracy": 0.9},
+        {"step": 5, "epoch": 0.5, "eval_loss": 3.5},
+        {"step": 10, "epoch": 1.0, "eval_loss": 1.25, "eval_rewards/accuracies": 0.75},
         {"step": 10, "epoch": 1.0, "train_runtime": 61.4, "train_loss": 2.375},
     ]
     (root / "sft" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -98,6 +100,9 @@ def test_training_shows_settings_and_the_loss_at_start_and_end(run_root: Path) -
     assert "| loss at the end | 0.5000 (step 10) |" in text
     assert "| trainer.learning_rate | `5e-5` |" in text
     assert "| tokens | 1,800 |" in text
+    assert "| validation loss, first | 3.5000 (step 5) |" in text
+    assert "| validation loss, last | 1.2500 (step 10) |" in text
+    assert "| validation pairs preferred rightly | 0.750 |" in text
     assert "### DPO" not in text
 
 

@@ -21,7 +21,9 @@ def with_data(recipe: Recipe, **settings: Any) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=settings)})
 
 
-def test_validation_rows_are_scored_after_every_epoch_and_never_trained_on(make_recipe: Any, tmp_path: Path) -> None:
+def test_validation_rows_are_scored_after_every_epoch_and_never_trained_on(
+    make_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for stage, train in (("sft", train_sft), ("dpo", train_dpo)):
         recipe = make_recipe(rows=40, num_train_epochs=2, learning_rate=1e-3)
         whole = train(recipe, None, tmp_path / "whole" / stage)
@@ -31,9 +33,12 @@ def test_validation_rows_are_scored_after_every_epoch_and_never_trained_on(make_
         assert summary["eval_loss"] == losses[-1]["eval_loss"] > 0
         assert summary["tokens"] < 0.9 * whole["tokens"]
         assert "eval_loss" not in whole
+        assert f"validation loss {losses[-1]['eval_loss']:.4f}" in capsys.readouterr().err
 
 
-def test_a_stream_trains_on_the_packed_rows_of_the_set_read_before(make_recipe: Any, tmp_path: Path) -> None:
+def test_a_stream_trains_on_the_packed_rows_of_the_set_read_before(
+    make_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {"max_steps": 3, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
     recipe = make_recipe(rows=40, learning_rate=1e-3, **options)
     read = train_sft(recipe, None, tmp_path / "read")
@@ -43,6 +48,20 @@ def test_a_stream_trains_on_the_packed_rows_of_the_set_read_before(make_recipe: 
         [record["loss"] for record in read_metrics(tmp_path / "read") if "loss" in record], abs=1e-6
     )
     assert streamed["tokens"] == read["tokens"]
+    record = json.loads((tmp_path / "streamed" / "data.json").read_text())
+    (source,) = record["sources"]
+    assert source["rows_read"] == source["rows_kept"] == 40
+    assert "40 of 40 rows kept in 40 conversations" in capsys.readouterr().out
+
+
+def test_a_stream_of_which_nothing_can_be_used_is_told_before_training(make_recipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"question": "q", "answer": ""}\n' * 3)
+    data = DataSection(path=str(path), streaming=True, bad_rows="drop")
+    with pytest.raises(
+        DataError, match=r"m\.jsonl: none of the 3 rows is left for training: 3 lost \(the column 'answer'"
+    ):
+        train_sft(make_recipe(max_steps=1).model_copy(update={"data": data}), None, tmp_path / "sft")
 
 
 def test_a_stream_needs_a_number_of_steps(make_recipe: Any) -> None:

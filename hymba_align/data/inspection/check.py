@@ -5,7 +5,8 @@ would lose and what it would cut. A second reading, row by row, measures what is
 turns, duplicates, overlap with test sets, and conversations that a foreign template rewrites as they grow. It sees all
 rows, also those that `keep_fraction` leaves out.
 
-A streamed set is prepared like any other; where it is larger than the disk, check a part of it with `max_rows`.
+A streamed set is prepared like any other, which keeps it on the disk: give a section of its beginning, as the command line
+does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ from hymba_align.data.reading.examples import (
     Preference,
     QuestionAnswer,
 )
-from hymba_align.data.reading.sources import open_source, parse_row
+from hymba_align.data.reading.sources import files_passed_over, open_source, parse_row
 from hymba_align.data.rendering import (
     OverlongError,
     Rendered,
@@ -199,7 +200,8 @@ def _source_reports(seen: Sequence[_Seen], prepared: Prepared | None) -> tuple[S
         turns = {role: one.turns[role] for role in ROLE_ORDER if one.turns[role]}
         source = None if one.unusable else next(counted, None)
         if source is None:
-            reports.append(SourceReport(one.source.path, "", one.rows, 0, 0, turns, 0, 0, one.source.repeat))
+            unprepared = SourceReport(one.source.path, "", one.rows, 0, 0, turns, 0, 0, one.source.repeat)
+            reports.append(replace(unprepared, passed_over=one.passed_over))
             continue
         reports.append(
             SourceReport(
@@ -215,6 +217,8 @@ def _source_reports(seen: Sequence[_Seen], prepared: Prepared | None) -> tuple[S
                 source.rows_not_chosen,
                 source.rows_passed_over,
                 source.ignored_columns,
+                source.unread_keys,
+                one.passed_over,
             )
         )
     return tuple(reports)
@@ -232,6 +236,7 @@ class _Seen:
     turns: Counter[str] = field(default_factory=Counter)
     places: dict[str, None] = field(default_factory=dict)  # of its rows, in order
     unusable: list[Finding] = field(default_factory=list)
+    passed_over: tuple[str, ...] = ()  # files
 
 
 class _Reader:
@@ -258,6 +263,7 @@ class _Reader:
         seen = _Seen(source)
         batch: list[Located[Example] | Lost] = []
         try:
+            seen.passed_over = files_passed_over(source)
             for row in iterate_examples(DataSection(sources=(source,)), self.stage):
                 batch.append(row)
                 if len(batch) == BATCH:

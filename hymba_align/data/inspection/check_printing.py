@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from hymba_align.data.counts import name_files
 from hymba_align.data.inspection.preview import visible
 
 if TYPE_CHECKING:
@@ -16,19 +17,29 @@ if TYPE_CHECKING:
 PLACES_SHOWN = 3
 FIXES_SHOWN = 4  # of one kind
 INDENT = 2
+COLUMN_GAP, EDGES = 3, 2
+LEAST_NAME = 16  # columns for a source's name
 OPTIONS = {  # what the command line has for a benchmark that is not at hand
     "GSM8K": "name GSM8K's test.jsonl with --gsm8k",
     "GPQA": "get dataset.zip from github.com/idavidrein/gpqa and name it with --gpqa",
 }
 
 
-def print_report(report: CheckReport, packing: Sequence[str], console: Console, name: str) -> None:
-    """Prints one stage's report: counts, lengths, findings by kind, what was not compared, packing, and the verdict."""
+def print_report(
+    report: CheckReport, packing: Sequence[str], console: Console, name: str, notes: Sequence[str] = ()
+) -> None:
+    """Prints one stage's report: counts, lengths, findings by kind, what was not compared, packing, and the verdict.
+
+    Args:
+        notes: sentences on what the report is about, which stand first.
+    """
     from rich.text import Text
 
     title = "supervised fine-tuning (SFT)" if report.stage == "sft" else "preferences (DPO)"
     console.print(Text(visible(f"{name}: {title}"), style="bold"))
-    console.print(_sources_table(report))
+    for note in notes:
+        _print(console, note, style="yellow")
+    console.print(_sources_table(report, console.width))
     for fact in _facts(report):
         _print(console, fact)
     if report.lengths is not None and report.lengths.percentiles:
@@ -64,25 +75,49 @@ def verdict(report: CheckReport) -> str:
     return f"{report.stage.upper()}: {report.verdict()}" + (f" (not stopped by {passed})" if passed else "")
 
 
-def _sources_table(report: CheckReport) -> Table:
+def _sources_table(report: CheckReport, width: int) -> Table:
     from rich.text import Text
 
+    columns = ("rows", "lost", "pairs" if report.stage == "dpo" else "conversations", "turns", "tokens", "trained")
+    numbers = [_numbers(source) for source in report.sources]
+    widest = [max(map(len, column)) for column in zip(columns, *numbers, strict=True)]
+    room = max(LEAST_NAME, width - sum(widest) - COLUMN_GAP * len(columns) - EDGES)
     table = _table()
-    table.add_column("source", overflow="fold")
-    for column in ("rows", "lost", "pairs" if report.stage == "dpo" else "conversations", "turns", "tokens", "trained"):
+    table.add_column("source", overflow="fold", min_width=LEAST_NAME)
+    for column in columns:
         table.add_column(column, justify="right")
-    for source in report.sources:
-        lost = _lost(source)
+    for source, (rows, lost, *others) in zip(report.sources, numbers, strict=True):
+        name = shorten_path(visible(source.name), room)
+        schema = f"\n{visible(source.schema)}".rstrip("\n")
         table.add_row(
-            Text.assemble(visible(source.name), (f"\n{visible(source.schema)}".rstrip("\n"), "dim")),
-            f"{source.rows:,}",
-            Text(f"{lost:,}", style="red" if lost else ""),
-            f"{source.conversations:,}{f' x {source.repeat}' if source.repeat > 1 else ''}",
-            f"{sum(source.turns.values()):,}",
-            f"{source.total_tokens:,}",
-            f"{100 * source.trained_tokens / source.total_tokens:.1f} %" if source.total_tokens else "",
+            Text.assemble(name, (schema, "dim")), rows, Text(lost, style="red" if lost != "0" else ""), *others
         )
     return table
+
+
+def _numbers(source: SourceReport) -> list[str]:
+    return [
+        f"{source.rows:,}",
+        f"{_lost(source):,}",
+        f"{source.conversations:,}{f' x {source.repeat}' if source.repeat > 1 else ''}",
+        f"{sum(source.turns.values()):,}",
+        f"{source.total_tokens:,}",
+        f"{100 * source.trained_tokens / source.total_tokens:.1f} %" if source.total_tokens else "",
+    ]
+
+
+def shorten_path(path: str, width: int) -> str:
+    """A path in at most so many columns: its end, by whole folders as far as they fit."""
+    from rich.cells import cell_len, chop_cells
+
+    if cell_len(path) <= width:
+        return path
+    parts = path.split("/")
+    for start in range(1, len(parts)):
+        end = "/".join(["…", *parts[start:]])
+        if cell_len(end) <= width:
+            return end
+    return f"…{chop_cells(path[::-1], width - 1)[0][::-1]}"
 
 
 def _table(title: str | None = None) -> Table:
@@ -104,6 +139,10 @@ def _facts(report: CheckReport) -> Iterator[str]:
             yield f"{source.name}: {source.rows_passed_over:,} rows were passed over by the converter"
         if source.ignored_columns:
             yield f"{source.name}: columns not used: {', '.join(source.ignored_columns)}"
+        if source.unread_keys:
+            yield f"{source.name}: keys of turns not used: {', '.join(source.unread_keys)}"
+        if source.passed_over:
+            yield f"{source.name}: files passed over: {name_files(source.passed_over)}"
     if report.trained_share is not None and len(report.sources) > 1:
         yield f"Together, {100 * report.trained_share:.1f} % of the tokens are trained on"
     if report.validation_conversations:

@@ -2,7 +2,7 @@
 
 Words are as ngrams.py defines them; GSM8K's calculator annotations (`<<48/2=24>>`) are left out on both sides. An item
 with 8 to 12 words is looked for as a whole; one with fewer is not compared, and counted. Of a training row every message
-is compared, each by itself; tools are not.
+and every tool call is compared, each by itself; the declarations of tools are not.
 
 | benchmark | compared                                                  | found                                               |
 |-----------|-----------------------------------------------------------|-----------------------------------------------------|
@@ -27,7 +27,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from hymba_align.data.inspection.ngrams import Hashes, ngram_hashes, word_hashes
 from hymba_align.data.reading.examples import Conversation, Example, PlainText, Preference, QuestionAnswer
+from hymba_align.data.reading.messages import Message
 from hymba_align.errors import DataError
 
 NGRAM_WORDS = 13
@@ -149,9 +150,28 @@ def _texts(example: Example) -> Iterator[str]:
         case QuestionAnswer(question, answer, wrong_answer):
             yield from (question, answer, *([wrong_answer] if wrong_answer is not None else []))
         case Conversation(messages):
-            yield from (message["content"] for message in messages)
+            yield from _said(messages)
         case Preference(prompt, chosen, rejected):
-            yield from (message["content"] for message in (*prompt, *chosen, *rejected))
+            yield from _said([*prompt, *chosen, *rejected])
+
+
+def _said(messages: Sequence[Message]) -> Iterator[str]:
+    for message in messages:
+        yield message["content"]
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            yield f"{call['function']['name']} {arguments}"
+            if "\\" in arguments:  # which separates or spells out what is in the texts
+                yield from _texts_in(json.loads(arguments))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(each)
 
 
 def _without_annotations(text: str) -> str:

@@ -6,15 +6,18 @@ pair of similarity 0.8 is met in 998 cases of 1,000, and a more similar one in m
 read again and compared in full, so no pair is reported that is not one. System messages and tools are left out of this
 comparison, since many conversations share them.
 
-In memory stay the place, the digest and the bands of every row (about 0.5 kB), never the texts.
+In memory stay the place, the digest and the bands of every row (measured: 0.45 kB a row, and up to 0.9 kB while candidates
+are looked for), never the texts. The runs of words of rows that others are compared with take no more than KEPT_BYTES: where
+that is too little, the rows are read again, and those that found no room are compared then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,9 @@ SHINGLES_AT_ONCE = 8192
 # How many earlier rows a row is compared with in full: those that share the most bands. Without a bound, rows that are
 # all a little less alike than the threshold would be compared each with each.
 MOST_COMPARED = 32
+# Of the rows that later ones are compared with, so much is kept at a time; what finds no room waits for another reading.
+KEPT_BYTES = 128 << 20
+BUCKET_BYTES = 160  # about what a row costs in a bucket
 
 
 @dataclass(frozen=True)
@@ -102,36 +108,58 @@ class DuplicateFinder:
 
     def _near(self, read: Callable[[], Iterable[Located[Example]]]) -> tuple[DuplicateGroup, ...]:
         buckets = self._shared_buckets()
-        firsts: dict[int, Hashes] = {}  # shingles of the rows that later ones are compared with
-        with_bucket: defaultdict[int, list[int]] = defaultdict(list)  # those of a bucket, at most MOST_COMPARED
-        found: defaultdict[int, list[tuple[str, float]]] = defaultdict(list)
-        for number, row in enumerate(read() if buckets else ()):
-            if number not in buckets:
-                continue
-            shingles = shingle_hashes(row.value)
-            met = Counter(first for bucket in buckets[number] for first in with_bucket[bucket])
-            nearest = sorted(met, key=lambda first: (-met[first], first))[:MOST_COMPARED]
-            alike = {first: similarity(shingles, firsts[first]) for first in nearest}
-            best = max(alike, key=lambda first: (alike[first], -first), default=None)
-            if best is not None and alike[best] >= THRESHOLD:
-                found[best].append((row.place, alike[best]))
-                continue
-            firsts[number] = shingles
-            for bucket in buckets[number]:
-                if len(with_bucket[bucket]) < MOST_COMPARED:
-                    with_bucket[bucket].append(number)
+        found: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+        waiting = set(buckets)
+        while waiting:
+            waiting = self._compare(read(), buckets, waiting, found)
         return tuple(
             DuplicateGroup(
-                self._places[first], tuple(place for place, _ in others), tuple(alike for _, alike in others)
+                self._places[first],
+                tuple(self._places[number] for number, _ in sorted(others)),
+                tuple(alike for _, alike in sorted(others)),
             )
             for first, others in sorted(found.items())
         )
 
-    def _shared_buckets(self) -> dict[int, list[int]]:
+    def _compare(
+        self,
+        rows: Iterable[Located[Example]],
+        buckets: Mapping[int, Sequence[int]],
+        waiting: set[int],
+        found: defaultdict[int, list[tuple[int, float]]],
+    ) -> set[int]:
+        """Compares each waiting row with the earlier ones that are kept; gives those that found no room to be kept."""
+        kept: dict[int, Hashes] = {}
+        room = KEPT_BYTES
+        with_bucket: defaultdict[int, list[int]] = defaultdict(list)  # those of a bucket, at most MOST_COMPARED
+        left: set[int] = set()
+        for number, row in enumerate(rows):
+            if number not in waiting:
+                continue
+            shingles = shingle_hashes(row.value)
+            met = Counter(first for bucket in buckets[number] for first in with_bucket.get(bucket, ()))
+            nearest = sorted(met, key=lambda first: (-met[first], first))[:MOST_COMPARED]
+            alike = {first: similarity(shingles, kept[first]) for first in nearest}
+            best = max(alike, key=lambda first: (alike[first], -first), default=None)
+            if best is not None and alike[best] >= THRESHOLD:
+                found[best].append((number, alike[best]))
+                continue
+            takers = [bucket for bucket in buckets[number] if len(with_bucket.get(bucket, ())) < MOST_COMPARED]
+            size = shingles.nbytes + BUCKET_BYTES * len(takers)
+            if takers and kept and size > room:
+                left.add(number)
+            elif takers:
+                kept[number] = shingles
+                room -= size
+                for bucket in takers:
+                    with_bucket[bucket].append(number)
+        return left
+
+    def _shared_buckets(self) -> dict[int, array[int]]:
         """For every row that shares a band with another row: the buckets, one per band's value, that it shares."""
         if not self._bands:
             return {}
-        shared: defaultdict[int, list[int]] = defaultdict(list)
+        shared: defaultdict[int, array[int]] = defaultdict(lambda: array("i"))
         buckets = 0
         for band in np.stack(self._bands).T:
             _, bucket_of, sizes = np.unique(band, return_inverse=True, return_counts=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from hymba_align.data.counts import name_files
 from hymba_align.data.inspection.contamination import NotCompared
 from hymba_align.data.reading.examples import Lost
 
@@ -98,6 +99,9 @@ class SourceReport:
     rows_not_chosen: int = 0
     rows_passed_over: int = 0
     ignored_columns: tuple[str, ...] = ()
+    unread_keys: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    """Files of its folder that are not read."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,10 @@ def _source_line(source: SourceReport) -> str:
     parts.append(f"{source.trained_tokens:,} of {source.total_tokens:,} tokens trained on")
     if source.ignored_columns:
         parts.append(f"columns not used: {', '.join(source.ignored_columns)}")
+    if source.unread_keys:
+        parts.append(f"keys of turns not used: {', '.join(source.unread_keys)}")
+    if source.passed_over:
+        parts.append(f"files passed over: {name_files(source.passed_over)}")
     return f"{source.name}: {'; '.join(parts)}"
 
 

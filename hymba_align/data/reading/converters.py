@@ -4,8 +4,8 @@
 
 It is called with one row (a dict) and returns a row of any schema of schemas.py, a list of such rows (or yields them)
 where one row becomes several, or None to pass the row over. The recipe's `columns` and `roles` apply to what it returns.
-It runs in several processes at once and its results are cached, so that they may depend on nothing but the row, the source
-code of its package, and this package.
+It runs in several processes at once and its results are cached, so that they may depend on nothing but the row and the
+source code of its module, of the user's modules that it imports, and of this package.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import importlib.util
 import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hymba_align.data.reading.messages import SHOWN, kind
+from hymba_align.data.reading.json_text import SHOWN, kind
 from hymba_align.errors import DataError
 
+THIS_PACKAGE = __name__.partition(".")[0]  # whose code has a digest of its own
 _loaded_from: dict[str, str] = {}  # converters' modules that this process has imported, and their source's digest then
 
 
@@ -41,10 +44,10 @@ class Converter:
             result = self.function(dict(row))
             if isinstance(result, Iterable) and not isinstance(result, (Mapping, str, bytes)):
                 result = list(result)  # a generator's errors are the function's own
-        except Exception as error:  # a user's code may raise anything
+        except (Exception, SystemExit) as error:  # a user's code may raise anything, and may call sys.exit
             raise DataError(
-                f"the converter {self.name} failed with {type(error).__name__}: {_short(error)}; correct it, or let it "
-                "return None for rows that it cannot use"
+                f"the converter {self.name} failed with {_short(error)}; correct it, or let it return None for rows that "
+                "it cannot use"
             ) from error
         rows = [] if result is None else result if isinstance(result, list) else [result]
         for converted in rows:
@@ -82,8 +85,8 @@ def load_converter(name: str) -> Converter:
 def converter_digest(name: str) -> str:
     """A sha256 of the converter's module and of the user's modules that it imports, directly or not.
 
-    The user's are those of the same package and, outside of installed libraries, those beside it. What is imported in
-    other ways than by an `import` statement, or read from files, is not seen.
+    The user's are those of the same package and all that lie outside of installed libraries, wherever Python finds
+    them. What is imported in other ways than by an `import` statement, or read from files, is not seen.
     Raises: DataError where the converter's module cannot be imported.
     """
     return hashlib.sha256(f"{name}\0{_current_module(name)[1]}".encode()).hexdigest()
@@ -120,13 +123,13 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if here in sys.path:
             raise _import_error(name, error) from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, and may call sys.exit
         raise _import_error(name, error) from error
     # Last, so that a user's file cannot take the place of a library; it stays, for what the converter imports later.
     sys.path.append(here)
     try:
         return _import_from_source(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.path.remove(here)
         raise _import_error(name, error) from error
 
@@ -140,32 +143,32 @@ def _import_from_source(module_name: str) -> ModuleType:
         sys.dont_write_bytecode = before
 
 
-def _import_error(name: str, error: Exception) -> DataError:
+def _import_error(name: str, error: BaseException) -> DataError:
     return DataError(
-        f"convert is {name}, and importing {name.partition(':')[0]} failed with {type(error).__name__}: {_short(error)}; "
-        "run from the folder that holds it, or install it"
+        f"convert is {name}, and importing {name.partition(':')[0]} failed with {_short(error)}; run from the folder that "
+        "holds it, or install it"
     )
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0].rstrip(".")
-    return text if len(text) <= 3 * SHOWN else text[: 3 * SHOWN] + "…"
+    text = text if len(text) <= 3 * SHOWN else text[: 3 * SHOWN] + "…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _module_files(module: ModuleType) -> list[tuple[str, Path]]:
     """The modules whose source decides what the converter does, with their files."""
-    if not getattr(module, "__file__", None):
-        return []
-    file = Path(str(module.__file__)).resolve()
-    levels = module.__name__.count(".") + (file.name == "__init__.py")
-    root = file.parents[levels]
-    alone = module.__name__.partition(".")[0] if _holds_libraries(root) else None
+    own = module.__name__.partition(".")[0]
+    specs: dict[str, ModuleSpec | None] = {}
     found: dict[str, Path] = {}
     waiting = [module.__name__]
     while waiting:
         name = waiting.pop()
-        path = _file_of(root, name)
-        if name in found or path is None or (alone and name.partition(".")[0] != alone):
+        top = name.partition(".")[0]
+        if name in found or top == THIS_PACKAGE:
+            continue
+        path = _file_of(name, specs)
+        if path is None or (top != own and _is_library(path)):
             continue
         found[name] = path
         waiting += _parents(name)
@@ -173,14 +176,31 @@ def _module_files(module: ModuleType) -> list[tuple[str, Path]]:
     return list(found.items())
 
 
-def _holds_libraries(root: Path) -> bool:
-    libraries = {Path(path).resolve() for path in sysconfig.get_paths().values()}
-    return root in libraries or root.name in ("site-packages", "dist-packages")
+def _file_of(name: str, specs: dict[str, ModuleSpec | None]) -> Path | None:
+    """The source file of a module that can be imported; None for a name of something else."""
+    origin = getattr(_spec(name, specs), "origin", None)
+    return Path(origin).resolve() if origin and origin.endswith(".py") else None
 
 
-def _file_of(root: Path, name: str) -> Path | None:
-    base = root.joinpath(*name.split("."))
-    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+def _spec(name: str, specs: dict[str, ModuleSpec | None]) -> ModuleSpec | None:
+    """Where Python finds a module; unlike `importlib.util.find_spec` it does not import the packages that hold it."""
+    if name not in specs:
+        parent = name.rpartition(".")[0]
+        try:
+            if not parent:
+                specs[name] = importlib.util.find_spec(name)
+            else:
+                folders = getattr(_spec(parent, specs), "submodule_search_locations", None)
+                specs[name] = PathFinder.find_spec(name, list(folders)) if folders else None
+        except (ImportError, ValueError):  # of a name that can be no module, or a module without a file
+            specs[name] = None
+    return specs[name]
+
+
+def _is_library(path: Path) -> bool:
+    """Whether a file belongs to Python or to an installed package, whose versions are not the converter's concern."""
+    standard = (Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib"))
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or any(map(path.is_relative_to, standard))
 
 
 def _parents(name: str) -> Iterator[str]:

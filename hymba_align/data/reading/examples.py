@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hymba_align.data.reading.messages import Message, Tool
+from hymba_align.data.reading.messages import Message
+from hymba_align.data.reading.tool_calls import Tool
 from hymba_align.errors import DataError
 
 

@@ -12,6 +12,7 @@
 | preference        | Preference     | replies may repeat the prompt; without one, it is what the two conversations share |
 | ranked            | Preference     | the best response against the worst, the first of equals; the rest is not used     |
 
+A reply of a preference is one turn of the assistant's, since DPO trains on every token after the prompt.
 A conversation may end with turns that nobody answers: they are kept, and nothing of them is trained on. Texts are left as
 they are. Columns that hold lists may hold them as JSON texts, as CSV files must.
 """
@@ -24,17 +25,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hymba_align.data.reading.examples import Conversation, PlainText, Preference, QuestionAnswer
-from hymba_align.data.reading.messages import (
-    Message,
-    TurnStyle,
-    canonical_tools,
-    check_text,
-    check_turns,
-    kind,
-    numbered_messages,
-    parse_json,
-    shown,
-)
+from hymba_align.data.reading.json_text import check_text, kind, parse_json, shown
+from hymba_align.data.reading.messages import Message, TurnStyle, check_turns, numbered_messages
+from hymba_align.data.reading.tool_calls import canonical_tools
 from hymba_align.errors import DataError, RenderError
 
 Row = Mapping[str, Any]
@@ -157,7 +150,7 @@ def _parting(chosen: Sequence[Message], rejected: Sequence[Message], numbers: Se
                 "both; only replies may differ"
             )
     while parting and chosen[parting - 1]["role"] == "assistant":
-        parting -= 1  # two turns of the assistant's in a row are one reply
+        parting -= 1  # a prompt ends where the assistant is to answer; `_check_reply` refuses what goes on from there
     return parting
 
 
@@ -219,14 +212,22 @@ def _check_turns(
 
 
 def _check_reply(reply: Sequence[Message], numbers: Sequence[int], where: str) -> None:
-    """What a preference asks of its replies: all of a reply counts, so it ends with the assistant's turn."""
-    if reply[-1]["role"] != "assistant":
-        raise DataError(f"{where} must end with the assistant's turn; remove what follows it")
-    for message, turn in zip(reply, numbers, strict=True):
-        if "train" in message:
+    """What a preference asks of its replies: one turn of the assistant's, because DPO trains on every token of it."""
+    if len(reply) > 1:
+        other = next((message["role"] for message in reply if message["role"] != "assistant"), None)
+        if other is None:
             raise DataError(
-                f"in {where}, turn {turn} says train: false, but a preference counts whole replies; remove it"
+                f"{where} has {len(reply)} turns of the assistant's in a row, and DPO would train on the header between "
+                "them too; join them into one"
             )
+        raise DataError(
+            f"{where} goes on after the assistant's answer, and DPO would train on the {other}'s text too; end it at that "
+            "answer, or move the turns before it into the prompt"
+        )
+    if "train" in reply[0]:
+        raise DataError(
+            f"in {where}, turn {numbers[0]} says train: false, but a preference counts whole replies; remove it"
+        )
 
 
 def _turns(value: Any, where: str, role: str, style: TurnStyle) -> Turns:
@@ -273,7 +274,7 @@ def _with_system(row: Row, turns: Turns) -> Turns:
     """The turns after the column `system`, unless it is empty or they begin with that very message."""
     system = {"role": "system", "content": _optional(row, "system")}
     messages, numbers = turns
-    if not system["content"] or messages[:1] == [system]:
+    if not system["content"] or (messages and _same(messages[0], system)):
         return turns
     return [system, *messages], [0, *numbers]
 

@@ -74,7 +74,12 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_u
 
 
 def _malformed(error: json.JSONDecodeError) -> str:
-    return f"malformed JSON, {error.msg} at column {error.colno}; correct the line"
+    return f"malformed JSON, {json_fault(error)} at column {error.colno}; correct the line"
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What Python's decoder says, to be followed by "at" and a place."""
+    return error.msg.removesuffix(" at").rstrip(": ")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

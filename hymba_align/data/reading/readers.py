@@ -16,9 +16,10 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NoReturn
 
-from hymba_align.data.reading.raw_rows import DEEPEST, SHOWN, RawRow, not_utf8
+from hymba_align.data.reading.raw_rows import DEEPEST, SHOWN, RawRow, json_fault, not_utf8
 from hymba_align.errors import DataError
 
 Kind = Literal["lines", "document", "csv", "tsv", "parquet", "arrow"]
@@ -34,6 +35,7 @@ KINDS: dict[str, Kind] = {
 BLOCK_BYTES = 1 << 20
 TABLE_ROWS = 100  # read at a time
 OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+QUOTE_COMMAS = 'put quotes around a cell with commas, as in "a, b"'
 # Finds where an object ends, whatever is in it; `parse_row` judges it afterwards. float() takes any number of digits.
 _DELIMITER = json.JSONDecoder(parse_int=float)
 
@@ -69,7 +71,25 @@ def readable(name: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # file systems, decompressors and table readers raise many kinds, all about this file
-        raise DataError(f"{name}: cannot be read ({reason_of(error)}); correct the path or the file") from error
+        package = _missing_package(error)
+        if package is not None:
+            why, what_to_do = f"the package {package} is not installed", f"pip install {package}"
+        else:
+            why, what_to_do = reason_of(error), "correct the path or the file"
+        raise DataError(f"{name}: cannot be read ({why}); {what_to_do}") from error
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package without which a file system or compression cannot be read, if that is what an error says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return cause.name.partition(".")[0]
+        cause = cause.__cause__ or cause.__context__
+    said = re.search(r"[Ii]nstall ([a-z][\w-]*) to access|Compression type (\w+) not supported", str(error))
+    if said is None:
+        return None
+    return said[1] or {"zstd": "zstandard", "lz4": "lz4"}.get(said[2])
 
 
 def reason_of(error: BaseException) -> str:
@@ -77,12 +97,7 @@ def reason_of(error: BaseException) -> str:
     cause = error.__cause__ or error
     if type(cause) is FileNotFoundError:
         return "no such file"
-    reason = str(cause).strip().split("\n")[0].rstrip(".") or type(cause).__name__
-    unavailable = re.fullmatch(r"Compression type (\w+) not supported", reason)
-    packages = {"zstd": "zstandard", "lz4": "lz4"}
-    if unavailable and unavailable[1] in packages:
-        return f"this compression needs a package: pip install {packages[unavailable[1]]}"
-    return reason
+    return str(cause).strip().split("\n")[0].rstrip(".") or type(cause).__name__
 
 
 def _blocks(file: DataFile) -> Generator[bytes, None, None]:
@@ -230,7 +245,7 @@ class _Walk:
                 offset = error.pos - self.position
                 if not (cut and self._read_on(len(self.text) - self.position)):
                     self.position += offset
-                    self._stop(error.msg)
+                    self._stop(json_fault(error))
             except RecursionError:
                 self._stop(f"lists and objects are nested more than {DEEPEST} levels deep")
             else:
@@ -282,17 +297,27 @@ class _Walk:
 
 
 def _csv_rows(file: DataFile) -> Iterator[RawRow]:
-    """Rows of text cells, as they stand: 007 and NA are not parsed. Cells that a row lacks are None."""
+    """Rows of text cells, as they stand: 007 and NA are not parsed. Cells are told apart by commas, or by semicolons where
+    the header has these and no comma, as spreadsheets write it in much of Europe. A row of fewer or more cells than the header's is a
+    fault, but blank lines are passed over, also in a file of one column.
+    """
     csv.field_size_limit(sys.maxsize)  # its default, 131,072 characters, is less than a long conversation
     bad: list[str] = []
-    reader = csv.reader(_csv_lines(file, bad), delimiter="\t" if file.kind == "tsv" else ",", strict=True)
+    lines = _csv_lines(file, bad)
+    first = next(lines, "")
+    semicolons = ";" in first and "," not in first
+    delimiter = "\t" if file.kind == "tsv" else ";" if semicolons else ","
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         first_line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{file.name}:{reader.line_num}: malformed CSV, {error}; correct the quotes") from error
+            what = f"{error}; correct the quotes"
+            if str(error).startswith("new-line character seen in unquoted field"):
+                what = "its lines end in a carriage return alone; save it with line feeds (LF or CRLF)"
+            raise DataError(f"{file.name}:{reader.line_num}: malformed CSV, {what}") from error
         if cells is None:
             return
         if header is None:
@@ -302,12 +327,12 @@ def _csv_rows(file: DataFile) -> Iterator[RawRow]:
             continue
         place, fault = f"{file.name}:{first_line}", bad[0] if bad else None
         bad.clear()
-        if len(cells) > len(header):
+        if len(cells) != len(header):
+            more = len(cells) > len(header)
             fault = (
-                f"the row has {len(cells)} cells and the header {len(header)}; "
-                'put quotes around a cell with commas, as in "a, b"'
+                f"the row has {len(cells)} cell{'s' * (len(cells) > 1)} and the header {len(header)}; "
+                f"{QUOTE_COMMAS if more else 'write all its cells, empty ones too'}"
             )
-        cells += [None] * (len(header) - len(cells))  # type: ignore[list-item]
         yield RawRow(place, dict(zip(header, cells, strict=False)), fault)
 
 

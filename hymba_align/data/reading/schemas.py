@@ -23,17 +23,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from hymba_align.data.reading import formats
 from hymba_align.data.reading.examples import Example
-from hymba_align.data.reading.messages import CALLS, CANONICAL, MOST_LEVELS, TurnStyle, shown
+from hymba_align.data.reading.json_text import MOST_LEVELS, shown
+from hymba_align.data.reading.messages import CALLS, CANONICAL, TurnStyle
 from hymba_align.errors import DataError
 from hymba_align.recipe import SchemaName, SourceSection
 
 TURN_KEYS = ("role", "content")  # what `columns` may rename besides columns
-COLUMNS_SHOWN, NAME_SHOWN = 8, 24  # columns named in a message, and characters of each
+COLUMNS_SHOWN, SETS_SHOWN = 8, 3  # in a message
+COMMONEST = ("prompt_completion", "messages", "question_answer")  # shown where nothing found is like anything known
 COMMON = TurnStyle(
     ("role", "from"),
     ("content", "value"),
@@ -86,9 +88,13 @@ def detect_schema(columns: Collection[str]) -> Schema:
     """
     schema = _first_fitting(columns, SCHEMAS)
     if schema is None:
+        nearest = sorted(SCHEMAS, key=partial(_likeness, columns=columns), reverse=True)[:SETS_SHOWN]
+        if not _likeness(nearest[0], columns):
+            nearest = [schema for schema in SCHEMAS if schema.name in COMMONEST]
+        sets = " nor ".join(f"({', '.join(one.required)})" for one in nearest)
         raise DataError(
-            f"the columns found are {_named(columns)}; name them as one of these sets: {_accepted(SCHEMAS, columns)}; "
-            "or map them in the recipe with columns or convert"
+            f"the columns found are {_named(columns)}, neither {sets} nor another set of docs/data.md; say which is which, "
+            f"as in columns: {{{_mapping(nearest[0], columns)}}}, or name a function with convert"
         )
     return schema
 
@@ -131,9 +137,19 @@ def canonical_columns(columns: Collection[str], section: SourceSection) -> tuple
     return tuple(dict.fromkeys([*mapped, *kept]))
 
 
-def read_examples(row: Mapping[str, Any], schema: Schema, section: SourceSection) -> list[Example]:
+def unread_columns(columns: Collection[str], schema: Schema, section: SourceSection) -> tuple[str, ...]:
+    """The file's columns that nothing reads, sorted: no schema knows them, or `columns` puts others in their place."""
+    mapped = {key: name for key, name in section.columns.items() if key not in TURN_KEYS}
+    unread = {*map(str, columns)} - {*mapped.values()}
+    return tuple(sorted({*schema.ignored(unread), *unread.intersection(mapped)}))
+
+
+def read_examples(
+    row: Mapping[str, Any], schema: Schema, section: SourceSection, unread_keys: set[str] | None = None
+) -> list[Example]:
     """What a row holds, as the file or the section's converter gives it: one example of the schema's kind.
 
+    `unread_keys` receives the keys of turns that nothing reads.
     Raises: DataError, or RenderError for a message that cannot be rendered. Neither says where the row stands.
     """
     if not isinstance(row, Mapping):
@@ -142,6 +158,8 @@ def read_examples(row: Mapping[str, Any], schema: Schema, section: SourceSection
     if section.columns or section.roles:
         style = _style(tuple(section.columns.items()), tuple(section.roles.items()))
         row = _renamed(row, section)
+    if unread_keys is not None:
+        style = TurnStyle(style.role_keys, style.content_keys, style.roles, unread_keys)
     for column in schema.required:
         if row.get(column) is None:
             raise DataError(_missing(column, row, schema))
@@ -188,23 +206,34 @@ def _first_fitting(columns: Collection[str], schemas: Collection[Schema]) -> Sch
 
 def _accepted(schemas: Collection[Schema], columns: Collection[str]) -> str:
     """The sets of required columns, those most like the ones found first."""
-    found = [str(column).lower() for column in list(columns)[:100]]
+    ordered = sorted(schemas, key=partial(_likeness, columns=columns), reverse=True)
+    return "; or ".join(", ".join(schema.required) for schema in ordered)
 
-    def likeness(schema: Schema) -> float:
-        def best(column: str) -> float:
-            near = difflib.get_close_matches(column, found, n=1, cutoff=0.75)
-            return difflib.SequenceMatcher(None, column, near[0]).ratio() if near else 0.0
 
-        return sum(map(best, schema.required)) / len(schema.required)
+def _likeness(schema: Schema, columns: Collection[str]) -> float:
+    """How much the required columns are like some of those found, from 0 to 1."""
+    near = {required: _nearest(required, columns) for required in schema.required}
+    ratios = [difflib.SequenceMatcher(None, name, found.lower()).ratio() for name, found in near.items() if found]
+    return sum(ratios) / len(schema.required)
 
-    return "; or ".join(", ".join(schema.required) for schema in sorted(schemas, key=likeness, reverse=True))
+
+def _nearest(required: str, columns: Collection[str]) -> str | None:
+    """The column found whose name is like the required one's, whatever its case."""
+    found = {str(column).lower(): str(column) for column in list(columns)[:100]}
+    near = difflib.get_close_matches(required, found, n=1, cutoff=0.75)
+    return found[near[0]] if near else None
+
+
+def _mapping(schema: Schema, columns: Collection[str]) -> str:
+    """An example of `columns` for the schema, with the names found where they are alike."""
+    return ", ".join(f"{name}: {shown(_nearest(name, columns) or 'NAME')}" for name in schema.required)
 
 
 def _named(columns: Collection[str]) -> str:
-    """Names of columns, as they may stand in a message."""
-    names = [name if name.isprintable() else repr(name)[1:-1] for name in sorted(map(str, columns))]
+    """Names of columns in quotes and in the file's order, as they may stand in a message."""
+    names = [shown(str(name)) for name in columns]
     rest = f" and {len(names) - COLUMNS_SHOWN} more" if len(names) > COLUMNS_SHOWN else ""
-    return ", ".join(name[:NAME_SHOWN] for name in names[:COLUMNS_SHOWN]) + rest if names else "none"
+    return ", ".join(names[:COLUMNS_SHOWN]) + rest if names else "none"
 
 
 def message_feature(*, tool_calls: bool = True) -> Any:

@@ -6,22 +6,33 @@ content. Its rows come in chunks, each row with its place: "file:line", or "file
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+from hymba_align.data.reading.file_listing import download_config, is_mentioned, list_files
 from hymba_align.data.reading.raw_rows import RawRow, parse_row
 from hymba_align.data.reading.readers import KINDS, DataFile, Kind, dataset_rows, readable, reason_of
 from hymba_align.errors import DataError
 from hymba_align.recipe import COMPRESSION_SUFFIXES, SourceSection, is_local_path
 
-__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "RawRow", "Source", "open_source", "parse_row", "read_hub", "source_digest"]
+__all__ = [
+    "CHUNK_BYTES",
+    "CHUNK_ROWS",
+    "RawRow",
+    "Source",
+    "files_passed_over",
+    "open_source",
+    "parse_row",
+    "read_hub",
+    "source_digest",
+]
 
 CHUNK_ROWS = 500
 CHUNK_BYTES = 4_000_000
@@ -34,14 +45,30 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to read: `identity` changes with their content, `files` are named as the user named them."""
+    """Rows to read; `files` are named as the user named them.
+
+    `passed_over` names what a folder, glob or archive holds besides and what is not read, as seen from the folder:
+    other kinds of files, hidden ones that look like data. README, LICENSE and what programs keep there are left out.
+    """
 
     name: str
-    identity: str
     files: tuple[str, ...]
     max_rows: int | None = None
     contents: tuple[DataFile, ...] = field(default=(), repr=False)
+    passed_over: tuple[str, ...] = ()
     dataset: Any = field(default=None, repr=False)  # of the hub
+    version: str | None = field(default=None, repr=False)  # what it is known by
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes with the content of the rows. It takes a reading of all files, so a stream does not ask for it.
+
+        Raises: DataError for a file that cannot be read.
+        """
+        if self.version is not None:
+            return self.version
+        with readable(self.name):
+            return _digest(*(part for file in self.contents for part in (file.name, _content_tag(file))))
 
     def rows(self) -> Iterator[RawRow]:
         """The rows in order, lazily, no more than `max_rows`. Raises: DataError, as `chunks`."""
@@ -101,9 +128,14 @@ def open_source(section: SourceSection) -> Source:
     _check_keys(section)
     _forget_archives()
     with readable(section.path):
-        files = _resolve(section)
-        identity = _digest(*(part for file in files for part in (file.name, _content_tag(file))))
-    return Source(section.path, identity, tuple(file.name for file in files), section.max_rows, files)
+        found = _resolve(section)
+    names = tuple(file.name for file in found.files)
+    return Source(section.path, names, section.max_rows, tuple(found.files), tuple(found.passed_over))
+
+
+def files_passed_over(section: SourceSection) -> tuple[str, ...]:
+    """What `open_source` passes over; nothing of a data set of the hub, which is not asked. Raises: DataError."""
+    return () if _is_of_the_hub(section.path) else open_source(section).passed_over
 
 
 def source_digest(section: SourceSection) -> str:
@@ -143,25 +175,39 @@ def _check_keys(section: SourceSection) -> None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _resolve(section: SourceSection) -> tuple[DataFile, ...]:
+class _Found(NamedTuple):
+    """Files to read, and the names of those that are not."""
+
+    files: list[DataFile]
+    passed_over: list[str]
+
+
+def _resolve(section: SourceSection) -> _Found:
     """The files that the section's path means, sorted. Raises: DataError, FileNotFoundError."""
     path, options = section.path, section.storage_options
     url = path.removeprefix("file://")
     url = os.path.expanduser(url) if "://" not in url else url
     if _is_file(url, options):
         found = _members(path, os.path.abspath(url) if "://" not in url else url, options)
-        if not found:
+        if not found.files:
             raise DataError(f"{path}: files of this kind are not read; use one of {ACCEPTED}, also compressed")
-        return tuple(found)
-    matched = _matches(url, options)
-    if not matched:
+        return found
+    listing = list_files(url, options)
+    if listing is None:
         raise DataError(f"{path}: no such file; name one that exists, or a hub data set such as openai/gsm8k")
-    files = [file for match in matched for file in _members(_name(url, match), match, options)]
+    files: list[DataFile] = []
+    passed_over = [listing.below(other) for other in listing.others]
+    for match in listing.matched:
+        found = _members(_name(url, match), match, options)
+        files += found.files
+        passed_over += [f"{listing.below(match)}/{member}" for member in found.passed_over]
+        passed_over += [] if found.files else [listing.below(match)]
     if not files:
-        raise DataError(
-            f"{path}: holds no data files among its {len(matched)}; they end in {ACCEPTED}, also compressed"
-        )
-    return tuple(files)
+        count = len(listing.matched) + len(listing.others)
+        if not count:
+            raise DataError(f"{path}: the folder is empty; put data files into it, or name another")
+        raise DataError(f"{path}: holds no data files among its {count}; they end in {ACCEPTED}, also compressed")
+    return _Found(files, sorted(filter(is_mentioned, passed_over)))
 
 
 def _is_file(url: str, options: Mapping[str, Any]) -> bool:
@@ -171,54 +217,34 @@ def _is_file(url: str, options: Mapping[str, Any]) -> bool:
         return True  # the web has no folders
     from datasets.utils.file_utils import xisfile
 
-    return bool(xisfile(url, download_config=_download_config(options)))
+    return bool(xisfile(url, download_config=download_config(options)))
 
 
-def _matches(url: str, options: Mapping[str, Any]) -> list[str]:
-    """The files of a folder and all folders in it, or those that a glob matches; hidden ones are passed over."""
-    from datasets.data_files import resolve_pattern
-    from datasets.utils.file_utils import xisdir
-
-    config = _download_config(options)
-    folder = xisdir(url, download_config=config)
-    if not folder and not glob.has_magic(url):
-        return []
-    pattern = f"{glob.escape(url).rstrip('/')}/**" if folder else url
-    try:
-        matched = sorted(set(resolve_pattern(pattern, base_path=os.getcwd(), download_config=config)))
-    except FileNotFoundError:
-        return []
-    folders_of_datasets = {os.path.dirname(match) for match in matched if match.endswith(".arrow")}
-    return [
-        match
-        for match in matched
-        if not (os.path.basename(match) == "state.json" and os.path.dirname(match) in folders_of_datasets)
-    ]
-
-
-def _members(name: str, url: str, options: Mapping[str, Any]) -> list[DataFile]:
+def _members(name: str, url: str, options: Mapping[str, Any]) -> _Found:
     """The data file at `url`, or those in it when it is a zip archive; none when it is of another kind."""
     from datasets import StreamingDownloadManager
 
     bare = _without_query(url)
-    if not bare.lower().endswith(COMPRESSION_SUFFIXES):
-        kind = _kind_of(bare)
-        return [DataFile(name, url, kind, options)] if kind else []
     kind = _kind_of(bare)
+    if not bare.lower().endswith(COMPRESSION_SUFFIXES):
+        return _Found([DataFile(name, url, kind, options)] if kind else [], [])
     is_archive = bare.lower().endswith(".zip")
     if kind is None and not is_archive:
-        return []
-    manager = StreamingDownloadManager(download_config=_download_config(options))
+        return _Found([], [])
+    manager = StreamingDownloadManager(download_config=download_config(options))
     with readable(name):
         inner = sorted(manager.iter_files(manager.extract(url)))
     if not is_archive:
-        return [DataFile(name, each, kind, options) for each in inner if kind]
+        return _Found([DataFile(name, each, kind, options) for each in inner if kind], [])
     inside = [(each, each.split("::")[0].removeprefix("zip://")) for each in inner]
-    known = [(each, member, _kind_of(member)) for each, member in inside if not _is_hidden(member)]
-    if len(inner) == 1 and known and known[0][2] is None:
+    known = [(each, member, None if _is_hidden(member) else _kind_of(member)) for each, member in inside]
+    if len(inner) == 1 and known[0][2] is None and not _is_hidden(known[0][1]):
         known = [(known[0][0], known[0][1], kind)]  # d.jsonl.zip says what its only member is
     files = [(each, member, of) for each, member, of in known if of is not None]
-    return [DataFile(name if len(files) == 1 else f"{name}/{member}", each, of, options) for each, member, of in files]
+    return _Found(
+        [DataFile(name if len(files) == 1 else f"{name}/{member}", each, of, options) for each, member, of in files],
+        [member for _, member, of in known if of is None and files and is_mentioned(member)],
+    )
 
 
 def _kind_of(path: str) -> Kind | None:
@@ -242,12 +268,6 @@ def _name(given: str, match: str) -> str:
     return os.path.relpath(match) if "://" not in given and not os.path.isabs(given) else match
 
 
-def _download_config(options: Mapping[str, Any]) -> Any:
-    from datasets import DownloadConfig
-
-    return DownloadConfig(storage_options=dict(options))
-
-
 def _forget_archives() -> None:
     """fsspec keeps archives open by their path, and would go on reading one that was replaced."""
     from fsspec import get_filesystem_class
@@ -262,14 +282,14 @@ def _content_tag(file: DataFile) -> str:
 
     *_, outer = file.url.split("::")  # a compressed file, not what is in it
     if "://" in outer:
-        prepared, storage_options = _prepare_path_and_storage_options(outer, _download_config(file.storage_options))
+        prepared, storage_options = _prepare_path_and_storage_options(outer, download_config(file.storage_options))
         filesystem, path = url_to_fs(prepared, **storage_options)
         filesystem.invalidate_cache()
         information = filesystem.info(path)
         tags = [f"{tag}={information[tag]}" for tag in CONTENT_TAGS if information.get(tag)]
         if tags:
             return " ".join(tags)
-    with readable(file.name), xopen(outer, "rb", download_config=_download_config(file.storage_options)) as content:
+    with readable(file.name), xopen(outer, "rb", download_config=download_config(file.storage_options)) as content:
         digest = hashlib.sha256()
         while block := content.read(1 << 20):
             digest.update(block)
@@ -292,7 +312,7 @@ def _open_hub(section: SourceSection) -> Source:
             raise
         dataset = read_hub(section.path, NAME_A_FILE, **given)  # what was downloaded before serves without a network
     identity = _hub_identity(section, commit or getattr(dataset, "_fingerprint", None))
-    return Source(section.path, identity, (section.path,), section.max_rows, dataset=dataset)
+    return Source(section.path, (section.path,), section.max_rows, dataset=dataset, version=identity)
 
 
 def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:

@@ -596,6 +596,17 @@ def test_sources_are_counted_apart_and_duplicates_are_found_across_them(small: A
     ]
 
 
+def test_files_that_are_not_read_are_told_and_are_no_finding(small: Any, tmp_path: Path) -> None:
+    write(tmp_path / "d.jsonl", GOOD)
+    for name in ("c.txt", "b.jsonl.tar.gz"):
+        (tmp_path / name).write_text("")
+    found = check_data(DataSection(path=str(tmp_path)), "sft", small, 64, seed=0)
+    assert found.sources[0].passed_over == ("b.jsonl.tar.gz", "c.txt")
+    assert found.summary_lines()[0].endswith("; files passed over: b.jsonl.tar.gz, c.txt")
+    assert found.to_json()["sources"][0]["passed_over"] == ("b.jsonl.tar.gz", "c.txt")
+    assert found.exit_code == 0
+
+
 def test_validation_and_streamed_sets_are_checked_as_a_whole(report: Callable[..., CheckReport]) -> None:
     rows = [messages(("user", str(number)), ("assistant", "yes")) for number in range(40)]
     found = report(*rows, validation_fraction=0.5)

@@ -63,6 +63,20 @@ def test_a_test_item_is_found_wherever_it_stands_in_an_example(example: Example)
     )
 
 
+@pytest.mark.parametrize("escaped", [True, False])
+def test_a_test_item_is_found_in_the_arguments_of_a_tool_call(escaped: bool) -> None:
+    said = QUESTION.replace("Ana", "Änna")
+    hidden = {"queries": [{"text": f"Solve:\n{said}\nPlease."}]}
+    call = {"type": "function", "function": {"name": "ask", "arguments": json.dumps(hidden, ensure_ascii=escaped)}}
+    calling = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for example in (Conversation(calling), Preference(calling[:1], calling[1:], turns("", "8")[1:])):
+        assert overlap(benchmark(said), example) == Overlap("GSM8K", "line 1, question", 6, 6, 0)
+    nine = "ask how many planets around the nearest star there are"  # the call's name and its argument's words
+    called = {"function": {"name": "ask", "arguments": '{"how": "many planets around the nearest star there are"}'}}
+    example = Conversation([{"role": "assistant", "content": "", "tool_calls": [called]}])
+    assert overlap(benchmark(nine), example) is not None
+
+
 def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not() -> None:
     said = QUESTION.split()
     test_set = benchmark(QUESTION)
@@ -201,7 +215,9 @@ def test_what_is_not_at_hand_is_named_with_how_to_get_it(tmp_path: Path, monkeyp
             "set eval.gsm8k.test_path to GSM8K's test.jsonl",
         ),
         NotCompared("GPQA", "no file of it was named", "get dataset.zip from github.com/idavidrein/gpqa and name it"),
-        NotCompared("BFCL", "the package bfcl-eval, which ships its data, is not installed", "pip install --no-deps bfcl-eval"),
+        NotCompared(
+            "BFCL", "the package bfcl-eval, which ships its data, is not installed", "pip install --no-deps bfcl-eval"
+        ),
     )
 
 

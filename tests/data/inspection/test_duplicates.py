@@ -246,6 +246,49 @@ def test_the_work_on_rows_that_are_all_somewhat_alike_is_bounded(monkeypatch: py
     assert 0 < compared <= 200 * duplicates.MOST_COMPARED
 
 
+def template_rows(count: int) -> list[PlainText]:
+    """Rows of 760 words of which about a sixth differ: alike enough to share bands, and too little to be duplicates."""
+    rng = random.Random(0)
+    template = text(rng, 760)
+    rows = []
+    for number in range(count):
+        row = list(template)
+        for place in rng.sample(range(760), 60):
+            row[place] = f"own{number}x{place}"
+        rows.append(plain(row))
+    return rows
+
+
+def test_memory_is_bounded_where_all_rows_share_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(duplicates, "KEPT_BYTES", 800_000, raising=False)
+    rows = [Located(f"d.jsonl:{number}", row) for number, row in enumerate(template_rows(600))]
+    finder = duplicates.DuplicateFinder()
+    for row in rows:
+        finder.add(row)
+    finder.find(list)  # what is made once
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    found = finder.find(lambda: rows)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert found.near == ()
+    assert peak < 1000 * len(rows) + 800_000  # with all of them kept, 2.9 MB
+
+
+def test_what_is_found_is_the_same_however_few_rows_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    rows = template_rows(60)
+    copies = [plain([*row.text.split()[:-1], f"another{number}"]) for number, row in enumerate(rows)]
+    mixed = [*rows, *copies]
+    rng.shuffle(mixed)
+    whole = find(*mixed)
+    assert len(whole.near) == 60
+    monkeypatch.setattr(duplicates, "KEPT_BYTES", 30_000)
+    assert find(*mixed) == whole
+
+
 def test_what_is_found_does_not_depend_on_the_process(tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -104,6 +104,21 @@ def test_a_converter_that_fails_or_returns_no_rows_is_named(body: str, message: 
     assert refusal("h1_bad:convert").startswith(message)
 
 
+def test_a_converter_that_ends_the_program_is_one_that_fails() -> None:
+    write("h1_exit.py", "import sys\n\ndef convert(row):\n    sys.exit(1)\n\ndef later(row):\n    yield sys.exit()\n")
+    assert refusal("h1_exit:convert").startswith("the converter h1_exit:convert failed with SystemExit: 1; correct it")
+    assert refusal("h1_exit:later").startswith("the converter h1_exit:later failed with SystemExit; correct it")
+
+
+def test_a_module_that_ends_the_program_cannot_be_imported(tmp_path: Path, here: Path) -> None:
+    write("h1_leave.py", "raise SystemExit('usage: none')\n")
+    assert "importing h1_leave failed with SystemExit: usage: none; run from" in refusal("h1_leave:convert")
+    assert str(here) not in sys.path
+    write("lib/h1_leave_too.py", "import sys\nsys.exit(2)\n")
+    sys.path.insert(0, str(tmp_path / "lib"))
+    assert "importing h1_leave_too failed with SystemExit: 2; run from" in refusal("h1_leave_too:convert")
+
+
 def test_what_cannot_be_imported_is_named(here: Path) -> None:
     assert refusal("h1_none.mod:convert") == (
         "convert is h1_none.mod:convert, and importing h1_none.mod failed with ModuleNotFoundError: No module named "
@@ -151,6 +166,42 @@ def test_the_digest_follows_the_module_and_what_it_imports_of_the_users() -> Non
     write("h1_unused.py", "# new\n")
     assert converter_digest("h1_dig.mod:convert") == digests[-1]
     assert converter_digest("h1_dig.mod:value") != digests[-1]
+
+
+def test_the_digest_follows_the_users_modules_wherever_python_finds_them(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        sys.path.insert(0, str(tmp_path / folder))
+    write(
+        "one/h1_first.py", "import h1_second.part\nimport json, hypothesis\nfrom hymba_align import errors\n" + TO_TEXT
+    )
+    write("two/h1_second/part.py", "def late():\n    import h1_third\n")  # no __init__.py
+    write("two/h1_third.py", "")
+    write("two/h1_unused.py", "")
+    digests = [converter_digest("h1_first:convert")]
+    for name in ("h1_second/part", "h1_third"):
+        with Path(f"two/{name}.py").open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+        digests.append(converter_digest("h1_first:convert"))
+    assert len(set(digests)) == 3
+    write("two/h1_unused.py", "# changed\n")
+    assert converter_digest("h1_first:convert") == digests[-1]
+
+
+def test_a_changed_helper_in_another_folder_is_imported_anew(tmp_path: Path) -> None:
+    sys.path.insert(0, str(tmp_path / "lib"))
+    write("h1_user.py", "from h1_far import WORD\ndef convert(row):\n    return {'text': WORD}\n")
+    for word in ("a", "b"):
+        write("lib/h1_far.py", f"WORD = '{word}'\n")
+        assert load_converter("h1_user:convert")({}) == [{"text": word}]
+
+
+def test_the_modules_of_a_digest_are_not_imported_for_it(tmp_path: Path) -> None:
+    write("h1_lazy.py", "def inner():\n    import h1_heavy.part\n" + TO_TEXT)
+    write("h1_heavy/__init__.py", "raise RuntimeError\n")
+    write("h1_heavy/part.py", "")
+    before = converter_digest("h1_lazy:convert")
+    write("h1_heavy/part.py", "# changed\n")
+    assert converter_digest("h1_lazy:convert") != before
 
 
 def test_the_digest_does_not_depend_on_where_the_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

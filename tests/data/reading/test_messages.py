@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hymba_align.data.reading.messages import (
-    MOST_LEVELS,
-    canonical_messages,
-    canonical_tools,
-    check_turns,
-    dump_json,
-    numbered_messages,
-    shown,
-)
+from hymba_align.data.reading.json_text import MOST_LEVELS, dump_json, shown
+from hymba_align.data.reading.messages import CANONICAL, TurnStyle, canonical_messages, check_turns, numbered_messages
+from hymba_align.data.reading.tool_calls import canonical_tools
 from hymba_align.errors import RenderError
 
 USER = {"role": "user", "content": "u"}
@@ -70,7 +64,7 @@ def test_null_stands_for_a_key_that_is_not_there_as_tables_write_it() -> None:
     "calls",
     [
         [call("f", {"b": [1, None], "a": "é"}, id="1"), call("g")],
-        [{"name": "f", "arguments": '{"b":[1,null],   "a":"\\u00e9"}'}, {"name": "g", "arguments": " "}],
+        [{"name": "f", "arguments": ' {"b": [1, null], "a": "é"}\n'}, {"name": "g", "arguments": " "}],
         [{"name": "f", "parameters": {"b": [1, None], "a": "é"}}, {"name": "g", "arguments": {}}],
         json.dumps([call("f", {"b": [1, None], "a": "é"}), call("g")]),
     ],
@@ -78,6 +72,14 @@ def test_null_stands_for_a_key_that_is_not_there_as_tables_write_it() -> None:
 def test_parallel_calls_have_one_form_however_they_are_written(calls: Any) -> None:
     (message,) = canonical_messages([assistant(content=None, tool_calls=calls)])
     assert message == assistant(content="", tool_calls=called(("f", '{"b": [1, null], "a": "é"}'), ("g", "{}")))
+
+
+@pytest.mark.parametrize(
+    "written", ['{"a":1e2,   "b":"\\u00e9"}', '{"x": 0.10000000000000000555}', '{\n  "big": 1.0E+2\n}', '{"s": "\\/"}']
+)
+def test_arguments_that_are_written_as_json_stay_as_they_are_written(written: str) -> None:
+    (message,) = canonical_messages([assistant(content="", tool_calls=[call("f", written)])])
+    assert message["tool_calls"] == called(("f", written))
 
 
 def test_the_old_function_call_is_a_call() -> None:
@@ -100,6 +102,42 @@ def test_results_of_parallel_calls_stand_in_the_order_of_the_calls() -> None:
     )
     unnamed = [assistant(content="", tool_calls=[call("f"), call("g")]), result("y", "2"), result("x", "1")]
     assert [message["content"] for message in canonical_messages(unnamed)] == ["", "2", "1"]
+
+
+def results(*pairs: tuple[Any, str]) -> list[dict[str, Any]]:
+    return [{"role": "tool", "tool_call_id": identifier, "content": content} for identifier, content in pairs]
+
+
+def test_results_follow_the_ids_of_calls_among_the_parts_of_a_content() -> None:
+    parts = [
+        {"type": "tool_call", "id": "x", "name": "f", "arguments": {}},
+        {"type": "tool_call", "id": "y", "value": '{"name": "g", "arguments": {}}'},
+        {"type": "tool_call", "value": {"id": "z", "name": "h", "arguments": {}}},
+    ]
+    turns = [assistant(content=parts), *results(("z", "3"), ("y", "2"), ("x", "1"))]
+    assert [message["content"] for message in canonical_messages(turns)] == ["", "1", "2", "3"]
+    assert refusal(turns[0], *results(("w", "0"))) == (
+        "turn 2 is the result of the call 'w', which no turn before it makes; correct tool_call_id"
+    )
+
+
+def test_results_follow_the_ids_of_calls_that_were_joined_into_one_turn() -> None:
+    style = TurnStyle(("role",), ("content",), {**CANONICAL.roles, "call": "function_call"})
+    calls = [{"role": "call", "content": {"id": name, "name": name, "arguments": {}}} for name in "fg"]
+    text = {"role": "call", "content": '{"id": "h", "name": "h", "arguments": {}}'}
+    turns = [{**REPLY, "tool_calls": [call("e", id="e")]}, *calls, text]
+    turns += results(("h", "4"), ("g", "3"), ("e", "1"), ("f", "2"))
+    canonical, numbers = numbered_messages(turns, style)
+    assert [message["content"] for message in canonical] == ["a", "1", "2", "3", "4"]
+    assert numbers == [1, 7, 8, 6, 5]
+    with pytest.raises(RenderError, match=r"^turn 3 is the result of the call 'z', which no turn before it makes"):
+        numbered_messages([*calls, *results(("z", "0"))], style)
+
+
+def test_ids_may_be_numbers() -> None:
+    calls = assistant(content="", tool_calls=[call("f", id=1), call("g", id=2)])
+    ordered = canonical_messages([calls, *results((2, "2"), (1, "1"))])
+    assert [message["content"] for message in ordered] == ["", "1", "2"]
 
 
 def test_text_parts_are_joined_by_line_breaks_and_calls_among_parts_are_calls() -> None:
@@ -140,12 +178,28 @@ def test_a_tools_result_may_be_an_object_or_a_list_and_becomes_json() -> None:
 
 
 @pytest.mark.parametrize("untrained", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"train": False, "weight": 0}])
-def test_an_answer_can_be_left_out_of_the_loss(untrained: dict[str, Any]) -> None:
-    assert canonical_messages([{**USER, **untrained}, {**REPLY, **untrained}]) == [USER, {**REPLY, "train": False}]
+def test_any_turn_can_be_left_out_of_the_loss(untrained: dict[str, Any]) -> None:
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "s"}, USER, REPLY, {"role": "tool", "content": "3"}]
+    expected = [{**turn, "train": False} for turn in turns]
+    assert canonical_messages([{**turn, **untrained} for turn in turns]) == expected
+    assert canonical_messages(expected) == expected
 
 
-def test_an_answer_that_says_it_is_trained_on_is_an_ordinary_one() -> None:
-    assert canonical_messages([{**REPLY, "train": True}, {**REPLY, "weight": 1}]) == [REPLY, REPLY]
+@pytest.mark.parametrize("trained", [{"train": True}, {"weight": 1}, {"weight": 1.0, "train": True}])
+def test_a_turn_that_says_it_is_trained_on_is_an_ordinary_one(trained: dict[str, Any]) -> None:
+    assert canonical_messages([{**USER, **trained}, {**REPLY, **trained}]) == [USER, REPLY]
+
+
+def test_keys_of_turns_that_hold_something_and_are_not_read_are_told() -> None:
+    unread: set[str] = set()
+    style = TurnStyle(CANONICAL.role_keys, CANONICAL.content_keys, CANONICAL.roles, unread)
+    known = {"id": 1, "type": "message", "train": True, "weight": 1, "reasoning": None}
+    empty = {"refusal": None, "audio": "", "annotations": [], "extra": {}}
+    tool = {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"}
+    numbered_messages([{**USER, **known, **empty}, {**REPLY, "tool_calls": [call("f", id="1")]}, tool], style)
+    assert unread == set()
+    numbered_messages([{**USER, "name": "Eve"}, {**REPLY, "trian": False}, {**tool, "refusal": "no"}], style)
+    assert unread == {"name", "trian", "refusal"}
 
 
 @pytest.mark.parametrize(
@@ -156,12 +210,7 @@ def test_an_answer_that_says_it_is_trained_on_is_an_ordinary_one() -> None:
         ({**REPLY, "weight": 0.5}, "weight of turn 1 is 0.5; write 0 or 1"),
         ({**REPLY, "weight": "0"}, "weight of turn 1 is '0'; write 0 or 1"),
         ({**REPLY, "train": True, "weight": 0}, "turn 1 says train: true and weight: 0; remove one of them"),
-        (
-            {**USER, "train": True},
-            "turn 1 is the user's and says that it is trained on; only the assistant's turns are, unless the recipe says "
-            "loss_on: all; remove train or weight",
-        ),
-        ({**USER, "weight": 1}, "turn 1 is the user's and says that it is trained on; only the assistant's turns are"),
+        ({**USER, "train": "no"}, "train of turn 1 is 'no'; write true or false"),
     ],
 )
 def test_what_says_whether_a_turn_is_trained_on_must_be_clear(message: dict[str, Any], expected: str) -> None:
@@ -216,6 +265,22 @@ ROLES_ARE = "one of system, user, assistant, tool"
         (
             assistant(tool_calls=[call("f", "{")]),
             "the arguments of the call to 'f' in turn 1 are not valid JSON: Expect",
+        ),
+        (
+            assistant(tool_calls=[call("f", '{"a": {"b": 1, "c": 2, "b": 3}}')]),
+            "the arguments of the call to 'f' in turn 1 have the key 'b' twice in one object; remove one of the two",
+        ),
+        (
+            assistant(tool_calls=[call("f", '{"a": 1e999}')]),
+            "the arguments of the call to 'f' in turn 1 cannot be written",
+        ),
+        (
+            assistant(tool_calls=[call("f", dump_json(nested(200)))]),
+            "the arguments of the call to 'f' in turn 1 are nested more than 100 levels deep; flatten them",
+        ),
+        (
+            assistant(tool_calls='[{"name": "f", "name": "g"}]'),
+            "the tool_calls of turn 1 have the key 'name' twice in one object; remove one of the two",
         ),
         (
             assistant(tool_calls=[call("f", "[]")]),
@@ -303,6 +368,7 @@ def test_tools_are_objects_in_a_list_or_that_list_as_json() -> None:
     ("tools", "expected"),
     [
         ("{", "tools are not valid JSON: Expecting property name enclosed in double quotes"),
+        ('[{"name": "f", "name": "g"}]', "tools have the key 'name' twice in one object; remove one of the two"),
         ("[" * 100_000, "tools are nested more than 100 levels deep; flatten them"),
         ({"name": "f"}, "tools must be a list of objects, or that list as a JSON string"),
         (["f"], "tools must be a list of objects, or that list as a JSON string"),

@@ -8,8 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hymba_align.data.reading.examples import Conversation, Example, PlainText, Preference, QuestionAnswer
-from hymba_align.data.reading.messages import ROLES, canonical_messages, canonical_tools, dump_json
-from hymba_align.data.reading.schemas import SCHEMAS, Schema, canonical_columns, detect_schema, read_examples, schema_of
+from hymba_align.data.reading.json_text import dump_json
+from hymba_align.data.reading.messages import ROLES, canonical_messages
+from hymba_align.data.reading.schemas import (
+    SCHEMAS,
+    Schema,
+    canonical_columns,
+    detect_schema,
+    read_examples,
+    schema_of,
+    unread_columns,
+)
+from hymba_align.data.reading.tool_calls import canonical_tools
 from hymba_align.errors import DataError
 from hymba_align.recipe import SourceSection
 
@@ -63,26 +73,44 @@ def test_the_prompt_of_a_preference_is_its_own_column_before_any_other() -> None
     assert detect_schema(["conversations", "chosen", "rejected"]).required[0] == "conversations"
 
 
-def test_unknown_columns_are_named_beside_the_accepted_sets_nearest_first() -> None:
+@pytest.mark.parametrize(
+    ("columns", "sets", "mapping"),
+    [
+        (
+            ["questions", "answers", "id"],
+            "(question, answer) nor (prompt, chosen, rejected) nor (conversations, chosen, rejected)",
+            "question: 'questions', answer: 'answers'",
+        ),
+        (
+            ["Prompt", " Completion "],
+            "(prompt, completion) nor (prompt, chosen, rejected) nor (prompt, responses, scores)",
+            "prompt: 'Prompt', completion: ' Completion '",
+        ),
+        (
+            ["Ticket", "Reply"],
+            "(prompt, completion) nor (messages) nor (question, answer)",
+            "prompt: 'NAME', completion: 'NAME'",
+        ),
+    ],
+)
+def test_unknown_columns_are_named_beside_the_nearest_sets_and_a_mapping(
+    columns: list[str], sets: str, mapping: str
+) -> None:
     with pytest.raises(DataError) as error:
-        detect_schema(["questions", "answers", "id"])
+        detect_schema(columns)
     assert str(error.value) == (
-        "the columns found are answers, id, questions; name them as one of these sets: question, answer; or prompt, "
-        "chosen, rejected; or conversations, chosen, rejected; or prompt, responses, scores; or chosen, rejected; or "
-        "prompt, completion; or messages; or conversations; or instruction, output; or text; or map them in the recipe "
-        "with columns or convert"
+        f"the columns found are {', '.join(map(repr, columns))}, neither {sets} nor another set of docs/data.md; say which "
+        f"is which, as in columns: {{{mapping}}}, or name a function with convert"
     )
 
 
 def test_odd_and_many_columns_are_named_briefly() -> None:
-    with pytest.raises(DataError, match=r"^the columns found are none; name them"):
+    with pytest.raises(DataError, match=r"^the columns found are none, neither "):
         detect_schema([])
     with pytest.raises(DataError) as error:
         detect_schema(["\ud800\n", "x" * 99, *map(str, range(20))])
-    assert str(error.value).startswith("the columns found are 0, 1, 10, 11, 12, 13, 14, 15 and 14 more; name")
-    with pytest.raises(DataError) as error:
-        detect_schema(["\ud800\n", "x" * 99])
-    assert str(error.value).startswith(rf"the columns found are {'x' * 24}, \ud800\n; name")
+    named = f"'\\ud800\\n', '{'x' * 60}…', '0', '1', '2', '3', '4', '5' and 14 more"
+    assert str(error.value).startswith(f"the columns found are {named}, neither ")
 
 
 def test_stages_and_ignored_columns_are_known() -> None:
@@ -102,7 +130,7 @@ def test_a_named_format_is_taken_where_its_columns_are_there() -> None:
     assert schema_of(section(format="preference"), pair).required == ("chosen", "rejected")
     assert refusal(ROW, format="preference") == (
         "format is preference, which takes prompt, chosen, rejected; or conversations, chosen, rejected; or chosen, "
-        "rejected, and the columns found are messages; correct format, or map the columns in the recipe with columns"
+        "rejected, and the columns found are 'messages'; correct format, or map the columns in the recipe with columns"
     )
 
 
@@ -132,6 +160,26 @@ def test_a_mapped_column_comes_before_one_that_has_the_name_already() -> None:
     assert canonical_columns(row, section(columns={"text": "body"})) == ("text",)
 
 
+def test_a_column_whose_place_another_takes_is_unread_like_one_that_no_schema_knows() -> None:
+    text = detect_schema(["text"])
+    assert unread_columns(["text", "body", "id"], text, section(columns={"text": "body"})) == ("id", "text")
+    assert unread_columns(["text", "body", "id"], text, section()) == ("body", "id")
+    pair = detect_schema(["chosen", "rejected"])
+    swapped = section(columns={"chosen": "rejected", "rejected": "chosen"})
+    assert unread_columns(["chosen", "rejected"], pair, swapped) == ()
+    turn_keys = section(columns={"messages": "dialog", "content": "said"})
+    assert unread_columns(["dialog", "said"], detect_schema(["messages"]), turn_keys) == ("said",)
+
+
+def test_keys_of_turns_are_unread_by_the_names_that_columns_gives_them() -> None:
+    unread: set[str] = set()
+    turn = {"speaker": "user", "said": "u", "from": "web", "trian": False}
+    mapped = section(columns={"role": "speaker", "content": "said"})
+    row = {"messages": [turn, {"speaker": "assistant", "said": "a"}]}
+    assert read_examples(row, detect_schema(row), mapped, unread) == [EXAMPLE]
+    assert unread == {"from", "trian"}
+
+
 def test_one_column_may_be_read_as_two() -> None:
     columns = {"question": "q", "answer": "q"}
     assert read({"q": "x"}, columns=columns) == [QuestionAnswer("x", "x")]
@@ -139,7 +187,7 @@ def test_one_column_may_be_read_as_two() -> None:
 
 def test_a_mapped_column_that_is_not_there_is_named_beside_those_that_are() -> None:
     assert refusal(ROW, columns={"messages": "dialog"}) == (
-        "columns says that messages is called 'dialog', and the first row has only messages; correct the name, or give "
+        "columns says that messages is called 'dialog', and the first row has only 'messages'; correct the name, or give "
         "the first row that column (null will do)"
     )
     assert refusal(ROW, columns={"tools": "functions"}).startswith("columns says that tools is called 'functions', and")
@@ -256,7 +304,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
         assert isinstance(message["content"], str)
         assert set(message) <= {"role", "content", "tool_calls", "train"}
         assert message.get("train", False) is False
-        assert message["role"] == "assistant" or set(message) == {"role", "content"}
+        assert message["role"] == "assistant" or "tool_calls" not in message
         assert message.get("tool_calls", [True])
     assert canonical_messages(messages) == list(messages)
     dump_json(messages).encode()
@@ -271,7 +319,7 @@ def check_example(example: Example) -> None:
         assert example.prompt[-1]["role"] in ("user", "tool")
         for reply in (example.chosen, example.rejected):
             check_messages([*example.prompt, *reply])
-            assert reply[0]["role"] == reply[-1]["role"] == "assistant"
+            assert [message["role"] for message in reply] == ["assistant"]
             assert not any("train" in message for message in reply)
     else:
         texts = [value for value in vars(example).values() if value is not None]

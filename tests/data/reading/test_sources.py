@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hymba_align.data.reading import readers, sources
-from hymba_align.data.reading.sources import CHUNK_ROWS, RawRow, open_source, parse_row, source_digest
+from hymba_align.data.reading.sources import (
+    CHUNK_ROWS,
+    RawRow,
+    files_passed_over,
+    open_source,
+    parse_row,
+    source_digest,
+)
 from hymba_align.errors import DataError
 from hymba_align.recipe import SourceSection
 
@@ -232,7 +240,16 @@ def test_a_compression_whose_package_is_missing_names_it(tmp_path: Path, monkeyp
     path = tmp_path / "d.jsonl.lz4"
     path.write_bytes(b"\x04\x22\x4d\x18")
     monkeypatch.setattr(fsspec.core, "compr", {None: None})
-    assert "this compression needs a package: pip install lz4" in refusal(path)
+    assert refusal(path) == f"{path}: cannot be read (the package lz4 is not installed); pip install lz4"
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs")])
+def test_a_file_system_whose_package_is_missing_names_it(
+    protocol: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for url in (f"{protocol}://bucket/d.jsonl", f"{protocol}://bucket/*.jsonl"):
+        assert refusal(url) == f"{url}: cannot be read (the package {package} is not installed); pip install {package}"
 
 
 def test_folders_and_globs_are_read_in_order_and_relative_paths_stay_relative(
@@ -256,7 +273,97 @@ def test_folders_and_globs_are_read_in_order_and_relative_paths_stay_relative(
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "README.md").write_text("")
     (tmp_path / "none" / "d.txt").write_text("")
-    assert "none: holds no data files among its 1; they end in .jsonl, " in refusal("none")
+    assert "none: holds no data files among its 2; they end in .jsonl, " in refusal("none")
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    assert refusal(tmp_path / "in") == f"{tmp_path}/in: the folder is empty; put data files into it, or name another"
+    (tmp_path / "in" / ".hidden.jsonl").write_bytes(LINES)
+    assert refusal(tmp_path / "in").startswith(f"{tmp_path}/in: holds no data files among its 1; they end in .jsonl, ")
+
+
+def test_files_of_a_folder_or_glob_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read_files = ["_x.jsonl", "d.jsonl", "deep/e.csv.gz"]
+    passed_over = [
+        *(".hidden.jsonl", "LICENSE.jsonl.old", "__p/y.jsonl", "b.jsonl.tar.gz", "c.txt", "config.json", "d.jsonl.old"),
+        *("deep/noext", "x.docx"),
+    ]
+    unmentioned = [".DS_Store", ".git/x.jsonl", ".gitattributes", "LICENSE", "README.md", "deep/.cache/d.jsonl.lock"]
+    for name in (*read_files, *passed_over, *unmentioned):
+        path = tmp_path / "in[1]" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(b"a\n1\n") if name.endswith(".gz") else LINES)
+    source = open_source(section("in[1]"))
+    assert source.files == tuple(f"in[1]/{name}" for name in read_files)
+    assert source.passed_over == tuple(passed_over)
+    assert open_source(section(tmp_path / "in[1]")).passed_over == tuple(passed_over)
+    assert open_source(section("in[[]1]/*")).passed_over == tuple(one for one in passed_over if "/" not in one)
+    assert open_source(section("in[[]1]/*.jsonl")).passed_over == (".hidden.jsonl",)
+    assert open_source(section("in[1]/d.jsonl")).passed_over == ()
+
+
+def test_members_of_an_archive_and_files_of_a_url_that_are_not_read_are_named_too(tmp_path: Path) -> None:
+    import fsspec
+
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for name in ("a.jsonl", "b.txt", "README.md", "__MACOSX/a.jsonl"):
+            archive.writestr(name, LINES)
+    with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
+        archive.writestr("README.md", "")
+    assert open_source(section(tmp_path / "d.zip")).passed_over == ("b.txt",)
+    assert open_source(section(tmp_path)).passed_over == ("d.zip/b.txt", "e.zip")
+    system = fsspec.filesystem("memory")
+    for name in ("a.jsonl", "b.txt", "deep/c.docx"):
+        system.pipe_file(f"/passed/{name}", LINES)
+    assert open_source(section("memory://passed")).passed_over == ("b.txt", "deep/c.docx")
+    assert open_source(section("memory://passed/*")).passed_over == ("b.txt",)
+
+
+def test_what_datasets_writes_beside_its_tables_is_no_file_that_is_passed_over(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list([QA])}).save_to_disk(tmp_path / "saved")
+    assert (tmp_path / "saved" / "dataset_dict.json").exists()
+    assert open_source(section(tmp_path / "saved")).passed_over == ()
+
+
+def test_a_stream_reads_a_remote_file_once(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    from hymba_align.data.prepare import prepare_sft
+    from hymba_align.recipe import DataSection
+
+    content = lines(*[{**QA, "n": n} for n in range(2000)])
+    MemoryFileSystem().pipe_file("/stream/d.jsonl", content)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+    read_bytes, read_from_memory = [0], MemoryFile.read
+
+    def counted(file: MemoryFile, *size: int) -> bytes:
+        block = bytes(read_from_memory(file, *size))
+        read_bytes[0] += len(block)
+        return block
+
+    monkeypatch.setattr(MemoryFile, "read", counted, raising=False)
+    section = DataSection(path="memory://stream/d.jsonl", streaming=True)
+    prepared = prepare_sft(section, small, 64, seed=0)
+    assert len(list(prepared.dataset)) == 2000
+    assert len(content) <= read_bytes[0] < 1.3 * len(content)  # and the first chunk of 500, for the schema
+
+
+def test_reading_rows_computes_no_digest_and_the_identity_is_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, digests = tmp_path / "d.jsonl", []
+    path.write_bytes(LINES)
+    content_tag = sources._content_tag
+    monkeypatch.setattr(sources, "_content_tag", lambda file: digests.append(file.name) or content_tag(file))
+    source = open_source(section(path))
+    assert len(list(source.rows())) == 2
+    assert digests == []
+    assert source.identity == source.identity == source_digest(section(path))
+    assert digests == [str(path)] * 2, "once by this source, and once by source_digest's own"
 
 
 def test_names_with_the_signs_of_globs_are_names_when_they_exist(tmp_path: Path) -> None:
@@ -323,7 +430,9 @@ def test_a_file_url_is_the_file_and_an_unknown_protocol_is_named(tmp_path: Path)
     [
         (b"{", "malformed JSON, Expecting property name enclosed in double quotes at column 2; correct the line"),
         (b'{"a": 1', "malformed JSON, Expecting ',' delimiter at column 8; correct the line"),
-        (b'{"a": "\x00"}', "malformed JSON, Invalid control character at at column 8; correct the line"),
+        (b'{"a": "\x00"}', "malformed JSON, Invalid control character at column 8; correct the line"),
+        (b'{"a": "x', "malformed JSON, Unterminated string starting at column 7; correct the line"),
+        (b'{"a": "\\q"}', "malformed JSON, Invalid \\escape at column 8; correct the line"),
         (b'{"a": NaN}', "malformed JSON, NaN is not a JSON value; write null or a number"),
         (b'{"a": -Infinity}', "malformed JSON, -Infinity is not a JSON value; write null or a number"),
         (b'{"a": "\xe9"}', "not UTF-8 text (byte 0xE9 at byte 8, invalid continuation byte); save it as UTF-8"),
@@ -386,7 +495,7 @@ def test_a_json_file_may_hold_one_object_or_several_over_many_lines(tmp_path: Pa
         ('[{"a": 1},\n]', ":2: malformed JSON, Expecting value at column 1"),
         ('[{"a": 1}\n', ":2: malformed JSON, the list has no end at column 1"),
         ('[{"a": 1}]\n\n x', ":3: malformed JSON, Extra data after the list at column 2"),
-        ('[{"a": 1},\n{"a": "x', ":2: malformed JSON, Unterminated string starting at at column 7"),
+        ('[{"a": 1},\n{"a": "x', ":2: malformed JSON, Unterminated string starting at column 7"),
         ("[" * 100_000, ":1: malformed JSON, lists and objects are nested more than 100 levels deep at column 2"),
     ],
 )
@@ -406,18 +515,30 @@ def test_a_json_list_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}:2: not UTF-8 text (byte 0xE9, invalid continuation byte); save it as UTF-8"
 
 
+def test_semicolons_tell_cells_apart_where_the_header_has_them_and_no_comma(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('question;answer\n"1;1, or 2";2\n')
+    assert rows_of(path) == [{"question": "1;1, or 2", "answer": "2"}]
+    path.write_text("question,answer;\n1;1,2\n")
+    assert rows_of(path) == [{"question": "1;1", "answer;": "2"}]
+
+
 def test_csv_cells_stay_texts_and_rows_that_do_not_fit_the_header_are_found(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(b'a,b\n"x\ny",z,1\n007\n,NA\n\xe9,1\n' + b"y" * 200_000 + b",1\n")
     assert rows_of(path) == [
         'the row has 3 cells and the header 2; put quotes around a cell with commas, as in "a, b"',
-        {"a": "007", "b": None},
+        "the row has 1 cell and the header 2; write all its cells, empty ones too",
         {"a": "", "b": "NA"},
         "line 6 is not UTF-8 text (byte 0xE9 at byte 1, invalid continuation byte); save it as UTF-8",
         {"a": "y" * 200_000, "b": "1"},
     ]
     path.write_text('a,b\n1,"open\n')
     assert refusal(path).startswith(f"{path}:2: malformed CSV, unexpected end of data; correct the quotes")
+    path.write_bytes(b"a,b\r1,2\r")
+    assert refusal(path) == (
+        f"{path}:1: malformed CSV, its lines end in a carriage return alone; save it with line feeds (LF or CRLF)"
+    )
     path.write_text("a,b,a\n1,2,3\n")
     assert refusal(path) == f"{path}:1: the column 'a' stands twice in the header; rename one"
 
@@ -574,6 +695,7 @@ def test_the_identity_of_a_hub_data_set_is_its_commit_subset_and_split(
     seen.append(source_digest(section("someone/data")))
     assert len(set(seen)) == 4
     assert source_digest(section("someone/data", revision=COMMIT)) == seen[0]
+    assert files_passed_over(section("someone/data")) == ()
     assert on_the_hub == [], "nothing is loaded for it"
     assert open_source(section("someone/data")).identity == seen[-1]
 
