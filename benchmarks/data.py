@@ -308,6 +308,7 @@ def report(results: dict[str, dict[str, Any]], count: int, rounds: int, tokenize
     versions = ", ".join(
         f"{module.__name__} {module.__version__}" for module in (transformers, tokenizers, datasets, trl)
     )
+    in_rounds = "one round" if rounds == 1 else f"{rounds} rounds (median seconds, highest peaks)"
     return "\n".join(
         [
             "# Preparing conversations for SFT",
@@ -317,7 +318,7 @@ def report(results: dict[str, dict[str, Any]], count: int, rounds: int, tokenize
             f"{ours['tokens'] / count:.0f} tokens in the mean ({Path(tokenizer).name} tokenizer), {ours['trained']:,} of "
             f"{ours['tokens']:,} tokens trained on, rows of {MAX_LENGTH:,}.",
             "",
-            f"Each way in a process of its own, {rounds} round{'s' * (rounds > 1)} (median seconds, highest peaks). Seconds "
+            f"Each way in a process of its own, {in_rounds}. Seconds "
             "are from the file to packed rows with labels, without imports; for the bare tokenizer those of encoding alone; CPU seconds are those of all "
             "cores together. "
             "All find the same tokens, and ours and TRL the same trained ones. Peak: the proportional set size of all "

@@ -349,7 +349,7 @@ def test_a_stream_reads_a_remote_file_once(small: Any, monkeypatch: pytest.Monke
     section = DataSection(path="memory://stream/d.jsonl", streaming=True)
     prepared = prepare_sft(section, small, 64, seed=0)
     assert len(list(prepared.dataset)) == 2000
-    assert len(content) <= read_bytes[0] < 1.3 * len(content)  # and the first chunk of 500, for the schema
+    assert len(content) <= read_bytes[0] < 1.3 * len(content)  # and the first chunk, for the schema
 
 
 def test_reading_rows_computes_no_digest_and_the_identity_is_computed_once(
@@ -744,4 +744,4 @@ def test_a_digest_of_files_that_are_missing_is_refused() -> None:
 def test_real_sets_are_read_line_by_line(shared: Path) -> None:
     path = shared / "data" / "gsm8k" / "test.jsonl"
     assert rows_of(path) == [json.loads(line) for line in path.read_text().splitlines()]
-    assert sources.CHUNK_ROWS == 500
+    assert sources.CHUNK_ROWS == 480
