@@ -69,12 +69,14 @@ def stages_of(
 
 
 def _recipe_data(recipe: Recipe, stage: TrainingStage) -> StageData:
+    from hymba_align.data.prepare import check_streaming
     from hymba_align.train.common import load_start_tokenizer
     from hymba_align.train.settings import STAGE_DEFAULTS, stage_section
 
     section = stage_section(recipe, stage)
     tokenizer = load_start_tokenizer(recipe, None)
     data = recipe.data_for(stage)
+    check_streaming(data, stage)
     return StageData(
         recipe.name,
         stage,
@@ -112,9 +114,12 @@ def _meta_tokens_of(checkpoint: str) -> int:
 def _file_data(
     path: str, overrides: Sequence[str], stage: TrainingStage | None, tokenizer: str | None, max_length: int | None
 ) -> StageData:
+    from hymba_align.data.prepare import check_streaming
+
     keys = [override.removeprefix("data.") for override in overrides]
     section = load_section(DataSection, None, [f"path={json.dumps(path)}", *keys], prefix="data.")
     stage = stage or guess_stage(section)
+    check_streaming(section, stage)
     return StageData(
         path,
         stage,

@@ -191,6 +191,14 @@ def test_files_that_are_not_read_are_named_by_check_and_preview(run: Run, tmp_pa
         assert said in " ".join(out.split())
 
 
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_a_stream_is_refused_what_training_refuses_it(run: Run, tmp_path: Path, command: str) -> None:
+    path = chats(tmp_path / "a.jsonl")
+    code, _, error = run(command, path, "streaming=true", "validation_fraction=0.1", *TINY)
+    assert code == 2
+    assert "data.validation_fraction needs a set that is read before training; set it to 0, or data.str" in error
+
+
 def test_of_a_streamed_set_the_beginning_is_checked_and_kept(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,12 +116,20 @@ def prepare_preferences(
             "data.over_long is 'split', and a pair of answers cannot be split; set dpo.data.over_long to 'truncate', "
             "which shortens the prompt, or 'drop'"
         )
-    if section.streaming:
+    return _prepare(section, tokenizer, max_length, "dpo", seed)
+
+
+def check_streaming(section: DataSection, stage: TrainingStage) -> None:
+    """Raises DataError where a stream is asked for what needs a set that is read before training."""
+    if section.streaming and stage == "dpo":
         raise DataError(
             "data.streaming is true, but DPO computes the reference log-probabilities before training and so reads the "
             "whole set; set dpo.data.streaming to false"
         )
-    return _prepare(section, tokenizer, max_length, "dpo", seed)
+    if section.streaming and section.validation_fraction:
+        raise DataError(
+            "data.validation_fraction needs a set that is read before training; set it to 0, or data.streaming to false"
+        )
 
 
 def iterate_examples(section: DataSection, stage: TrainingStage) -> Iterator[Located[Example] | Lost]:
@@ -159,6 +167,7 @@ def _settings(section: DataSection, max_length: int, stage: TrainingStage, seed:
 def _prepare(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, stage: TrainingStage, seed: int
 ) -> Prepared:
+    check_streaming(section, stage)
     seed = seed if section.seed is None else section.seed
     if section.streaming:
         return _streamed(section, _settings(section, max_length, stage, seed), tokenizer, seed)
@@ -256,10 +265,6 @@ def _build(opened: Source, maker: Maker, workers: int | None, folder: Path) -> N
 def _streamed(
     section: DataSection, settings: Sequence[Settings], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Prepared:
-    if section.validation_fraction:
-        raise DataError(
-            "data.validation_fraction needs a set that is read before training; set it to 0, or data.streaming to false"
-        )
     streams = []
     for one in settings:
         opened = open_source(one.source)
