@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from hymba_align.model.kernels import ConvPlan, ScanPlan, causal_conv, selective_scan
+from hymba_align.model.kernels import ChunkedScan, GatherConv, causal_conv, selective_scan
 
 INNER, STATE, HIDDEN, TAPS = 512, 16, 256, 4
 TARGETS = {512: 40, 1024: 300}
@@ -49,12 +49,12 @@ def our_branch(mixer: MambaMixer, x_TD: Tensor) -> Tensor:
     tokens = len(x_TD)
     cpu = torch.device("cpu")
     u, z = mixer.in_proj(x_TD).chunk(2, dim=-1)
-    conv = ConvPlan.build([tokens], [-1], [-1], TAPS, cpu)
+    conv = GatherConv.build([tokens], [-1], [-1], TAPS, cpu)
     u, _ = causal_conv(u, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, conv)
     u = nn.functional.silu(u)
     dt, B, C = mixer.x_proj(u).split([mixer.time_step_rank, STATE, STATE], dim=-1)
     dt = nn.functional.softplus(mixer.dt_proj(dt))
-    y, _ = selective_scan(u, dt, -torch.exp(mixer.A_log), B, C, ScanPlan.build([tokens], [-1], [-1], cpu))
+    y, _ = selective_scan(u, dt, -torch.exp(mixer.A_log), B, C, ChunkedScan.build([tokens], [-1], [-1], cpu))
     return mixer.out_proj((y + mixer.D * u) * nn.functional.silu(z))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,40 @@ from hymba_align.model.segments import ROOT
 
 QUERY_BLOCK = 512
 """Queries per call of the attention kernel: bounds the score matrix, and lets local layers skip keys past the window."""
+
+
+class AttentionRow(Protocol):
+    """The attention of one forward pass, whatever computes it."""
+
+    def attend(
+        self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
+    ) -> Tensor:
+        """Attention output (L, H * e).
+
+        Args:
+            q_LHd: queries after RoPE.
+            k_LGd: keys after RoPE.
+            v_LGe: values.
+            is_global: whether the layer has no window.
+            stored: cached keys and values of the layer, where the row continues a cache.
+        """
+        ...
+
+
+class TreeAttentionRow(AttentionRow, Protocol):
+    """The attention of a row that starts with the meta tokens. Made once per forward pass, used by every layer."""
+
+    @classmethod
+    def build(cls, lengths: list[int], parents: list[int], window: int, device: torch.device) -> Self:
+        """The plan of a row whose first segment is the meta tokens.
+
+        Args:
+            lengths: tokens per segment, meta tokens first.
+            parents: the segment that each one continues; -1 for the meta tokens alone.
+            window: largest distance to a key that is not a meta token, in local layers.
+            device: of the computation.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +69,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class TreeAttention:
-    """Attention of one packed row, cut into pieces of at most `QUERY_BLOCK` tokens. Made once per forward pass."""
+class TreeAttention(TreeAttentionRow):
+    """Attention of one packed row, cut into pieces of at most `QUERY_BLOCK` tokens: SDPA on every piece."""
 
     sizes: tuple[int, ...]
     """Tokens of each piece; pieces cover the row in order and none spans two segments."""
@@ -46,13 +81,6 @@ class TreeAttention:
 
     @classmethod
     def build(cls, lengths: list[int], parents: list[int], window: int, device: torch.device) -> TreeAttention:
-        """Plans the attention of a row whose first segment is the meta tokens.
-
-        Args:
-            lengths: tokens per segment, meta tokens first.
-            parents: the segment that each one continues; -1 for the meta tokens alone.
-            window: largest distance to a key that is not a meta token, in local layers.
-        """
         sizes: list[int] = []
         starts: list[int] = []  # position of each piece's first token on its path
         paths: list[list[int]] = []  # pieces up to the end of each segment

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hymba_align.model.cache import HymbaLayerState, KeyValues
 from hymba_align.model.configuration import HymbaConfig
-from hymba_align.model.kernels import ConvPlan, causal_conv, selective_scan
+from hymba_align.model.kernels import ConvRow
 from hymba_align.model.plan import ForwardPlan
 
 
@@ -46,15 +46,15 @@ class HymbaStepProjection(nn.Linear):
 
 
 class HymbaConv(nn.Module):
-    """Causal depthwise convolution along the tree. Not an `nn.Conv1d`: adapters made for that would not see the tree."""
+    """Causal depthwise convolution along the tree, then SiLU. Not an `nn.Conv1d`: adapters made for that would not see the tree."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, u_LI: Tensor, plan: ConvPlan, tails: Tensor | None) -> tuple[Tensor, Tensor]:
-        return causal_conv(u_LI, self.weight.squeeze(1), self.bias, plan, tails)
+    def forward(self, u_LI: Tensor, plan: ConvRow, tails: Tensor | None) -> tuple[Tensor, Tensor]:
+        return plan.run(u_LI, self.weight.squeeze(1), self.bias, tails, silu=True)
 
 
 class HymbaDecay(nn.ParameterList):
@@ -158,21 +158,18 @@ class HymbaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The SSM branch: gated output (L, I), convolution tails and final states. Source: Mamba, section 3.4, figure 3."""
         u_LI, conv_tail = self.conv1d(u_LI, plan.conv, None if past is None else past.conv_tail)
-        u_LI = F.silu(u_LI)
         dt_LR, B_LN, C_LN = self.x_proj[0](u_LI).split([self.dt_rank, self.state, self.state], dim=-1)
-        dt_LI = F.softplus(self.dt_proj[0](self.dt_layernorm(dt_LR)))
-        A = -torch.exp(self.A_log[0].float())
-        y_LI, ssm_state = selective_scan(
+        y_LI, ssm_state = plan.scan.gated(
             u_LI,
-            dt_LI,
-            A,
+            self.dt_proj[0](self.dt_layernorm(dt_LR)),
+            -torch.exp(self.A_log[0].float()),
             self.B_layernorm(B_LN),
             self.C_layernorm(C_LN),
-            plan.scan,
+            self.D[0],
+            z_LI,
             None if past is None else past.ssm_state,
         )
-        y_LI = (y_LI + self.D[0].float() * u_LI) * F.silu(z_LI.float())
-        return y_LI.to(u_LI.dtype), conv_tail, ssm_state
+        return y_LI, conv_tail, ssm_state
 
 
 class HymbaMLP(nn.Module):

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba_align.model.attention import TreeAttention, attend_cached
+from hymba_align.model.attention import AttentionRow, attend_cached
 from hymba_align.model.cache import HymbaCache, KeyValues
 from hymba_align.model.configuration import HymbaConfig
-from hymba_align.model.kernels import ConvPlan, ScanPlan
+from hymba_align.model.kernels import ConvRow, ScanRow
+from hymba_align.model.kernels.choice import choose_kernels
 from hymba_align.model.segments import ROOT, SegmentTree
 
 
 @dataclass(frozen=True)
-class CachedAttention:
+class CachedAttention(AttentionRow):
     """Attention of new tokens over a filled cache."""
 
     slots_L: Tensor
@@ -90,9 +91,9 @@ class ForwardPlan:
     """Meta tokens at the start of the row; 0 when they are in the cache."""
     cos_L1d: Tensor
     sin_L1d: Tensor
-    conv: ConvPlan
-    scan: ScanPlan
-    attention: TreeAttention | CachedAttention
+    conv: ConvRow
+    scan: ScanRow
+    attention: AttentionRow
 
     @classmethod
     def build(
@@ -111,12 +112,13 @@ class ForwardPlan:
             tree: segments of the row, meta tokens not counted.
             rows_S: batch row of each segment.
             cache: filled or empty cache, if any.
-            dtype: of the rotary angles' cosines and sines.
+            dtype: of the activations, and of the rotary angles' cosines and sines.
             device: of the computation.
         """
         lengths, parents = tree.lengths.tolist(), tree.parents.tolist()
         index = torch.arange(tree.num_tokens) - tree.offsets.repeat_interleave(tree.lengths)
-        attention: TreeAttention | CachedAttention
+        attention: AttentionRow
+        kernels = choose_kernels(device, dtype)
         if cache is not None and cache.is_initialized:
             meta = 0
             initial = rows_S.tolist()
@@ -127,7 +129,7 @@ class ForwardPlan:
             lengths, parents = [meta, *lengths], [ROOT, *(parent + 1 for parent in parents)]
             initial = [ROOT] * len(lengths)
             before = tree.ancestor_tokens
-            attention = TreeAttention.build(lengths, parents, config.sliding_window, device)
+            attention = kernels.attention_row.build(lengths, parents, config.sliding_window, device)
         positions = config.num_memory_tokens + before.repeat_interleave(tree.lengths) + index
         positions = torch.cat([torch.arange(meta), positions]).to(device)
         cos, sin = rotary_angles(config, positions)
@@ -135,8 +137,8 @@ class ForwardPlan:
             meta_tokens=meta,
             cos_L1d=cos[:, None].to(dtype),
             sin_L1d=sin[:, None].to(dtype),
-            conv=ConvPlan.build(lengths, parents, initial, config.mamba_d_conv, device),
-            scan=ScanPlan.build(lengths, parents, initial, device),
+            conv=kernels.conv_row.build(lengths, parents, initial, config.mamba_d_conv, device),
+            scan=kernels.scan_row.build(lengths, parents, initial, device),
             attention=attention,
         )
 

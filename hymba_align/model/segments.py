@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,6 +163,97 @@ class SegmentTree:
 
     def __repr__(self) -> str:
         return f"SegmentTree(lengths={self.lengths.tolist()}, parents={self.parents.tolist()})"
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefixes:
+    """Token sequences in one packed row, every prefix that some of them have in common only once."""
+
+    tree: SegmentTree
+    """A sequence ends where a segment ends; what continues it, or parts from it, is another segment."""
+    token_ids: Tensor
+    """(T,) tokens of the row: as many as the sequences have distinct prefixes"""
+    ends: Tensor
+    """(N,) segment that each sequence ends in, in the order given; equal sequences have the same"""
+
+    def tokens_of(self, sequence: int) -> Tensor:
+        """(n,) index in the row of each token of a sequence."""
+        offsets, lengths = self.tree.offsets.tolist(), self.tree.lengths.tolist()
+        path = self.tree.path(int(self.ends[sequence]))
+        return torch.cat([torch.arange(offsets[s], offsets[s] + lengths[s]) for s in path])
+
+
+def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
+    """The sequences as one tree: shared shots, then questions, then choices, or whatever else they have in common.
+
+    Sequences may be equal, and one may be the beginning of another. The row holds them in lexicographic order. Takes
+    time in proportion to their tokens, apart from sorting them.
+
+    Args:
+        sequences: token ids of each, at least 1 and none negative.
+
+    Raises:
+        ValueError: no sequence, or one that cannot be a path; the message names the entry.
+    """
+    if not sequences:
+        raise ValueError("share_prefixes: no sequences; a row has at least one")
+    keys = [_sortable(sequence, entry) for entry, sequence in enumerate(sequences)]
+    ordered = sorted(set(keys))
+    tokens = [np.frombuffer(key, dtype=_BIG_ENDIAN) for key in ordered]
+    shared = [0, *(_common(before, after) for before, after in zip(tokens, tokens[1:], strict=False))]
+    new = torch.tensor([len(one) - common for one, common in zip(tokens, shared, strict=True)])
+    parts = new.cumsum(0) - new  # index in the row of the first token that each adds; it adds at least its last one
+    branches = _branches(parts.tolist(), shared)
+
+    # A segment starts where a sequence's own tokens do, and after every token that a sequence branches off from.
+    starts = torch.unique(torch.cat([parts, branches + 1]))
+    total = int(new.sum())
+    parents = torch.arange(len(starts)) - 1
+    parents[torch.searchsorted(starts, parts)] = torch.where(
+        branches == ROOT, ROOT, torch.searchsorted(starts, branches, right=True) - 1
+    )
+    tree = SegmentTree(torch.cat([starts, torch.tensor([total])]).diff(), parents)
+    ids = np.concatenate([one[common:] for one, common in zip(tokens, shared, strict=True)]).astype(np.int64)
+    ends = torch.searchsorted(starts, parts + new - 1, right=True) - 1
+    place = {key: number for number, key in enumerate(ordered)}
+    return SharedPrefixes(tree, torch.from_numpy(ids), ends[torch.tensor([place[key] for key in keys])])
+
+
+_BIG_ENDIAN = np.dtype(">i8")
+"""Bytes of big-endian numbers that are not negative sort as the numbers do."""
+
+
+def _sortable(sequence: Ints, entry: int) -> bytes:
+    ids = _as_int_tensor(sequence, f"sequences[{entry}]")
+    if not len(ids):
+        raise ValueError(f"share_prefixes: sequences[{entry}] is empty; it needs at least 1 token")
+    if int(ids.min()) < 0:
+        raise ValueError(f"share_prefixes: sequences[{entry}] holds {int(ids.min())}; token ids are not negative")
+    return ids.numpy().astype(_BIG_ENDIAN).tobytes()
+
+
+def _common(before: np.ndarray, after: np.ndarray) -> int:
+    """Leading tokens that two sequences share."""
+    shorter = min(len(before), len(after))
+    differ = before[:shorter] != after[:shorter]
+    return int(differ.argmax()) if differ.any() else shorter
+
+
+def _branches(parts: list[int], shared: list[int]) -> Tensor:
+    """(N,) index in the row of the token that each sorted sequence's own tokens continue; -1 for none.
+
+    Args:
+        parts: index in the row of the first token that each sequence adds.
+        shared: leading tokens that each shares with the one before it.
+    """
+    found = []
+    path: list[tuple[int, int]] = []  # depth and row index of the first token of each part on the current path
+    for start, depth in zip(parts, shared, strict=True):
+        while path and path[-1][0] >= depth:
+            path.pop()
+        found.append(path[-1][1] + depth - 1 - path[-1][0] if depth else ROOT)
+        path.append((depth, start))
+    return torch.tensor(found)
 
 
 def document_lengths(position_ids: Tensor, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from hymba_align.model.kernels import ConvPlan, ScanPlan, causal_conv, scan, selective_scan
+from hymba_align.model.kernels import ChunkedScan, GatherConv, causal_conv, scan, selective_scan
 from hymba_align.model.reference import causal_conv_reference, selective_scan_reference
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_selective_scan_and_its_gradients_equal_the_recurrence_on_any_tree(
     u, dt_raw, a_raw, B, C, given_states = inputs
     dt, A = torch.nn.functional.softplus(dt_raw), -torch.exp(a_raw)
 
-    y, final = selective_scan(u, dt, A, B, C, ScanPlan.build(lengths, parents, initial, CPU), given_states)
+    y, final = selective_scan(u, dt, A, B, C, ChunkedScan.build(lengths, parents, initial, CPU), given_states)
 
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
@@ -85,7 +85,7 @@ def test_causal_conv_reaches_back_through_the_tree(
 ) -> None:
     lengths, parents, initial = tree
     u, weight, bias, given_tails = random_inputs(seed, (sum(lengths), 4), (4, taps), (4,), (2, taps - 1, 4))
-    y, tails = causal_conv(u, weight, bias, ConvPlan.build(lengths, parents, initial, taps, CPU), given_tails)
+    y, tails = causal_conv(u, weight, bias, GatherConv.build(lengths, parents, initial, taps, CPU), given_tails)
     expected_tails: list[Tensor] = []
     outputs = u.split(lengths)
     for index, (own, parent, given_tail) in enumerate(zip(outputs, parents, initial, strict=True)):
@@ -104,7 +104,7 @@ def test_causal_conv_reaches_back_through_the_tree(
 def test_channel_blocks_do_not_change_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     u, dt, B, C = random_inputs(0, (50, 70), (50, 70), (50, 4), (50, 4))
     A = -torch.rand(70, 4, dtype=torch.float64)
-    plan = ScanPlan.build([20, 30], [-1, 0], [-1, -1], CPU)
+    plan = ChunkedScan.build([20, 30], [-1, 0], [-1, -1], CPU)
     whole, _ = selective_scan(u, dt.abs(), A, B, C, plan)
     monkeypatch.setattr(scan, "BLOCK_ELEMENTS", 1)
     blocked, _ = selective_scan(u, dt.abs(), A, B, C, plan)
@@ -113,14 +113,14 @@ def test_channel_blocks_do_not_change_the_scan(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_plan_with_initial_states_needs_them() -> None:
     u, B = random_inputs(0, (2, 3), (2, 4))
-    plan = ScanPlan.build([2], [-1], [0], CPU)
+    plan = ChunkedScan.build([2], [-1], [0], CPU)
     with pytest.raises(ValueError, match="refers to initial states, but none were given"):
         selective_scan(u, u, torch.zeros(3, 4), B, B, plan)
 
 
 def test_a_backward_pass_inside_autocast_stays_in_float32() -> None:
     inputs = [x.float().detach().requires_grad_() for x in random_inputs(0, (40, 6), (40, 6), (6, 4), (40, 4), (40, 4))]
-    plan = ScanPlan.build([40], [-1], [-1], CPU)
+    plan = ChunkedScan.build([40], [-1], [-1], CPU)
     gradients = []
     for enabled in (False, True):
         u, dt, A, B, C = inputs

@@ -1,4 +1,4 @@
-"""Mamba's causal depthwise convolution over a tree of segments, with SiLU left to the caller.
+"""Mamba's causal depthwise convolution over a tree of segments, in plain torch on any device.
 
     y_t = bias + sum_k weight_k u_{t-k}
 
@@ -14,12 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hymba_align.model.kernels.interface import ConvRow
 
 
 @dataclass(frozen=True)
-class ConvPlan:
-    """Where each tap of a packed row reads. Made once per forward pass, used by every layer.
+class GatherConv(ConvRow):
+    """Where each tap of a packed row reads.
 
     Reads go to the row extended by one zero row and the given tails: index t < T is token t, T is zeros, and
     T + 1 + r * (W - 1) + j is entry j of tail r.
@@ -35,15 +38,7 @@ class ConvPlan:
     @classmethod
     def build(
         cls, lengths: list[int], parents: list[int], initial: list[int], taps: int, device: torch.device
-    ) -> ConvPlan:
-        """Lays the segments out.
-
-        Args:
-            lengths: (S,) tokens per segment, in row order.
-            parents: (S,) earlier segment that each continues, or -1.
-            initial: (S,) for segments without a parent, the given tail they continue, or -1 for zeros.
-            taps: W.
-        """
+    ) -> GatherConv:
         reach = taps - 1
         total = sum(lengths)
         tails: list[list[int]] = []
@@ -68,28 +63,19 @@ class ConvPlan:
             tails=torch.tensor(tails).to(device),
         )
 
-
-def causal_conv(
-    u: Tensor, weight: Tensor, bias: Tensor, plan: ConvPlan, initial_tails: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Convolved row (T, I) and every segment's tail (S, W - 1, I): its path's last inputs, oldest first.
-
-    Args:
-        u: (T, I) input.
-        weight: (I, W) taps, the last one for the current token.
-        bias: (I,).
-        plan: where each tap reads.
-        initial_tails: (R, W - 1, I) that `plan` refers to.
-    """
-    source = [u, u.new_zeros(1, u.shape[1])]
-    if initial_tails is not None:
-        source.append(initial_tails.to(u.dtype).flatten(0, 1))
-    extended = torch.cat(source)
-    expanded = extended[plan.expanded]
-    taps = weight.shape[1]
-    outputs = len(expanded) - taps + 1
-    weight = weight.to(u.dtype)
-    y = bias.to(u.dtype) + expanded[taps - 1 :] * weight[:, taps - 1]
-    for tap in range(taps - 1):
-        y = y + expanded[tap : tap + outputs] * weight[:, tap]
-    return y[plan.tokens_T], extended[plan.tails]
+    def run(
+        self, u: Tensor, weight: Tensor, bias: Tensor, initial_tails: Tensor | None = None, *, silu: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        source = [u, u.new_zeros(1, u.shape[1])]
+        if initial_tails is not None:
+            source.append(initial_tails.to(u.dtype).flatten(0, 1))
+        extended = torch.cat(source)
+        expanded = extended[self.expanded]
+        taps = weight.shape[1]
+        outputs = len(expanded) - taps + 1
+        weight = weight.to(u.dtype)
+        y = bias.to(u.dtype) + expanded[taps - 1 :] * weight[:, taps - 1]
+        for tap in range(taps - 1):
+            y = y + expanded[tap : tap + outputs] * weight[:, tap]
+        y = y[self.tokens_T]
+        return F.silu(y) if silu else y, extended[self.tails]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hymba_align.model.kernels.interface import ScanRow
+
 CHUNK_STEPS = 16
 """Steps per chunk. Fewer pad short segments less; more mean fewer levels for long ones."""
 
@@ -28,8 +30,8 @@ BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
-class ScanPlan:
-    """How the segments of one packed row are cut into chunks. Made once per forward pass, used by every layer.
+class ChunkedScan(ScanRow):
+    """How the segments of one packed row are cut into chunks.
 
     Chunks are ordered by level: a chunk's parent is always on an earlier level.
     """
@@ -46,14 +48,7 @@ class ScanPlan:
     """The chunk that holds each segment's last token."""
 
     @classmethod
-    def build(cls, lengths: list[int], parents: list[int], initial: list[int], device: torch.device) -> ScanPlan:
-        """Cuts segments into chunks.
-
-        Args:
-            lengths: (S,) tokens per segment, in row order.
-            parents: (S,) earlier segment that each continues, or -1.
-            initial: (S,) for segments without a parent, the given initial state they start from, or -1 for zeros.
-        """
+    def build(cls, lengths: list[int], parents: list[int], initial: list[int], device: torch.device) -> ChunkedScan:
         steps = min(CHUNK_STEPS, max(lengths))
         chunks: list[tuple[int, int, int, int]] = []  # level, parent (index in this list, or state), start, length
         last: list[int] = []
@@ -97,26 +92,14 @@ class ScanPlan:
         """(K, C, F) -> (T, F)"""
         return x.flatten(0, 1)[self.slots_T]
 
-
-def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, plan: ScanPlan, initial_states: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output (T, I) and every segment's final state (S, I, N), in float32 (float64 if the inputs are).
-
-    Args:
-        u: (T, I) input after the convolution.
-        dt: (T, I) step sizes, positive.
-        A: (I, N) state matrix, negative.
-        B: (T, N) input projection.
-        C: (T, N) output projection.
-        plan: the chunk tree of the row.
-        initial_states: (R, I, N) that `plan` refers to.
-    """
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    u, dt, A, B, C = (x.to(dtype) for x in (u, dt, A, B, C))
-    if initial_states is not None:
-        initial_states = initial_states.to(dtype)
-    return _SelectiveScan.apply(u, dt, A, B, C, initial_states, plan)
+    def run(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        u, dt, A, B, C = (x.to(dtype) for x in (u, dt, A, B, C))
+        if initial_states is not None:
+            initial_states = initial_states.to(dtype)
+        return _SelectiveScan.apply(u, dt, A, B, C, initial_states, self)
 
 
 def _channel_blocks(tokens: int, channels: int, state: int) -> list[slice]:
@@ -127,7 +110,7 @@ def _channel_blocks(tokens: int, channels: int, state: int) -> list[slice]:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, plan: ScanPlan
+        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, plan: ChunkedScan
     ) -> tuple[Tensor, Tensor]:
         u_KCI, dt_KCI, B_KCN, C_KCN = (plan.to_chunks(x) for x in (u, dt, B, C))
         steps, chunks, channels = u_KCI.shape
@@ -156,7 +139,7 @@ class _SelectiveScan(torch.autograd.Function):
         # Autocast, if the caller's backward pass runs inside it, would take the sums below to bfloat16.
         with torch.autocast(dy.device.type, enabled=False):
             u, dt, A, B, C, start_CIN = ctx.saved_tensors
-            plan: ScanPlan = ctx.plan
+            plan: ChunkedScan = ctx.plan
             u_KCI, dt_KCI, B_KCN, C_KCN, dy_KCI = (plan.to_chunks(x) for x in (u, dt, B, C, dy))
             steps, chunks, channels = u_KCI.shape
             du_KCI, ddt_KCI = torch.empty_like(u_KCI), torch.empty_like(u_KCI)
@@ -204,7 +187,7 @@ def _total_decay(dt_KCi: Tensor, A_iN: Tensor) -> Tensor:
     return torch.exp(dt_KCi.sum(0).unsqueeze(-1) * A_iN)
 
 
-def _hand_down(start_CiN: Tensor, last_CiN: Tensor, total_CiN: Tensor, plan: ScanPlan) -> Tensor:
+def _hand_down(start_CiN: Tensor, last_CiN: Tensor, total_CiN: Tensor, plan: ChunkedScan) -> Tensor:
     """Final state (C, i, N) of every chunk; fills `start_CiN`, which holds the first level's states, level by level.
 
     Args:
@@ -220,7 +203,7 @@ def _hand_down(start_CiN: Tensor, last_CiN: Tensor, total_CiN: Tensor, plan: Sca
 
 
 def _state_gradients(
-    dy_KCi: Tensor, C_KCN: Tensor, decay: Tensor, total_CiN: Tensor, dfinal_SiN: Tensor, plan: ScanPlan
+    dy_KCi: Tensor, C_KCN: Tensor, decay: Tensor, total_CiN: Tensor, dfinal_SiN: Tensor, plan: ChunkedScan
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all states (K, C, i, N) and of the chunks' starts (C, i, N): the walk of the forward pass, reversed.
 
@@ -242,7 +225,7 @@ def _state_gradients(
     return g, dstart
 
 
-def _initial_gradients(dstart_CIN: Tensor, shape: torch.Size | None, plan: ScanPlan) -> Tensor | None:
+def _initial_gradients(dstart_CIN: Tensor, shape: torch.Size | None, plan: ChunkedScan) -> Tensor | None:
     """Gradient of the given initial states (R, I, N), if there were any."""
     if shape is None:
         return None
@@ -251,7 +234,7 @@ def _initial_gradients(dstart_CIN: Tensor, shape: torch.Size | None, plan: ScanP
     return dstart_CIN.new_zeros(shape).index_add_(0, plan.parents_C[first:last][given], dstart_CIN[first:last][given])
 
 
-def _load_initial_states(start_CIN: Tensor, initial: Tensor | None, plan: ScanPlan) -> None:
+def _load_initial_states(start_CIN: Tensor, initial: Tensor | None, plan: ChunkedScan) -> None:
     first, last = plan.levels[0]
     given = plan.parents_C[first:last] >= 0
     if initial is not None:
