@@ -1,5 +1,6 @@
 # make demo   the whole road on the CPU: environment, then SFT, DPO and scores of a tiny Hymba
 # make test   the tests
+# make bench-quick   the benchmarks' ratios at small sizes, against a slow regression
 # make lint   style, types, import layers
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RECIPE ?= recipes/tiny/arithmetic.yaml
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test bench-quick lint clean
 install: $(STAMP)
 
 # torch comes first and alone, because deepspeed's build looks for it.
@@ -22,6 +23,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench-quick: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quick.py
 
 lint: install
 	$(BIN)/ruff check .

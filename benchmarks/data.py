@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -27,6 +25,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from measure import Table, cores, finish
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -184,11 +184,6 @@ CASES: dict[str, tuple[str, Callable[[Path, Any], dict[str, Any]]]] = {
 # ---- processes and their memory --------------------------------------------------------------------------------------
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def process_tree(root: int) -> list[int]:
     """The process and all that descend from it."""
     children: dict[int, list[int]] = {}
@@ -262,19 +257,35 @@ def measure(count: int, tokenizer: str, rounds: int) -> dict[str, dict[str, Any]
     return results
 
 
-def table_lines(results: dict[str, dict[str, Any]], count: int) -> Iterator[str]:
+COLUMNS = (
+    "",
+    "seconds",
+    "CPU seconds",
+    "conversations/s",
+    "tokens/s",
+    "speed of the bare tokenizer",
+    "rows",
+    "fill",
+    "peak, MB",
+    "not files, MB",
+)
+
+
+def table_rows(results: dict[str, dict[str, Any]], count: int) -> Iterator[list[str]]:
     """The rows of the table."""
-    yield "| | seconds | CPU seconds | conversations/s | tokens/s | speed of the bare tokenizer | rows | fill | peak, MB | not files, MB |"
-    yield "|---" * 10 + "|"
     bare = results["bare"]["seconds"]
     for name, (title, _) in CASES.items():
         one = results[name]
         rows = one.get("rows")
-        packed = f"{rows:,} | {100 * fill_rate(one):.2f} %" if rows else "– | –"
-        memory = " | ".join(f"{one[key] / 1e6:,.0f}" for key in ("peak", "peak_anonymous"))
-        speeds = " | ".join(f"{amount / one['seconds']:,.0f}" for amount in (count, one["tokens"]))
-        spent = f"{one['seconds']:.1f} | {one['cpu_seconds']:.1f}"
-        yield f"| {title} | {spent} | {speeds} | {bare / one['seconds']:.2f} | {packed} | {memory} |"
+        yield [
+            title,
+            f"{one['seconds']:.1f}",
+            f"{one['cpu_seconds']:.1f}",
+            *(f"{amount / one['seconds']:,.0f}" for amount in (count, one["tokens"])),
+            f"{bare / one['seconds']:.2f}",
+            *((f"{rows:,}", f"{100 * fill_rate(one):.2f} %") if rows else ("–", "–")),
+            *(f"{one[key] / 1e6:,.0f}" for key in ("peak", "peak_anonymous")),
+        ]
 
 
 def fill_rate(result: dict[str, Any]) -> float:
@@ -297,41 +308,27 @@ def missed_targets(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def report(results: dict[str, dict[str, Any]], count: int, rounds: int, tokenizer: str) -> str:
+def report(results: dict[str, dict[str, Any]], count: int, rounds: int, tokenizer: str) -> Table:
     """The page that is committed."""
-    import datasets
-    import tokenizers
-    import transformers
-    import trl
+    import trl.data_utils  # noqa: F401  (the cases load it in processes of their own; the header names what is loaded)
 
     ours = results["ours"]
-    versions = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (transformers, tokenizers, datasets, trl)
-    )
     in_rounds = "one round" if rounds == 1 else f"{rounds} rounds (median seconds, highest peaks)"
-    return "\n".join(
-        [
-            "# Preparing conversations for SFT",
-            "",
-            f"`python benchmarks/data.py`, {datetime.date.today()}, {cores()} cores of a shared {platform.machine()} machine, "
-            f"Python {platform.python_version()}, {versions}. {count:,} conversations of two to six turns, "
-            f"{ours['tokens'] / count:.0f} tokens in the mean ({Path(tokenizer).name} tokenizer), {ours['trained']:,} of "
-            f"{ours['tokens']:,} tokens trained on, rows of {MAX_LENGTH:,}.",
-            "",
-            f"Each way in a process of its own, {in_rounds}. Seconds "
-            "are from the file to packed rows with labels, without imports; for the bare tokenizer those of encoding alone; CPU seconds are those of all "
-            "cores together. "
-            "All find the same tokens, and ours and TRL the same trained ones. Peak: the proportional set size of all "
-            f"processes together, sampled {SAMPLES_PER_SECOND} times a second, imports included; 'not files' leaves out "
-            "pages of mapped files, which the system takes back when it needs them.",
-            "",
-            *table_lines(results, count),
-            "",
-            f"Packing is {ours['packing']:.1f} s of the uncached run. Wanted of it at {WANTED_FROM:,} conversations: at least "
-            f"{WANTED_SPEED} of the bare tokenizer's speed, a peak under {WANTED_PEAK_MB:,} MB, {WANTED_FILL:.0%} filled.",
-            "",
-        ]
+    table = Table("Preparing conversations for SFT", "python benchmarks/data.py", COLUMNS)
+    table.notes = (
+        f"{count:,} conversations of two to six turns, {ours['tokens'] / count:.0f} tokens in the mean "
+        f"({Path(tokenizer).name} tokenizer), {ours['trained']:,} of {ours['tokens']:,} tokens trained on, rows of "
+        f"{MAX_LENGTH:,}. Each way in a process of its own, {in_rounds}. Seconds are from the file to packed rows with "
+        "labels, without imports; for the bare tokenizer those of encoding alone; CPU seconds are those of all cores "
+        "together. All find the same tokens, and ours and TRL the same trained ones. Peak: the proportional set size of "
+        f"all processes together, sampled {SAMPLES_PER_SECOND} times a second, imports included; 'not files' leaves out "
+        "pages of mapped files, which the system takes back when it needs them.",
+        f"Packing is {ours['packing']:.1f} s of the uncached run. Wanted of it at {WANTED_FROM:,} conversations: at least "
+        f"{WANTED_SPEED} of the bare tokenizer's speed, a peak under {WANTED_PEAK_MB:,} MB, {WANTED_FILL:.0%} filled.",
     )
+    for row in table_rows(results, count):
+        table.add(*row)
+    return table
 
 
 def load(tokenizer: str) -> Any:
@@ -355,13 +352,8 @@ def main() -> None:
         print(json.dumps(CASES[arguments.case][1](arguments.folder, load(arguments.tokenizer))))
         return
     results = measure(arguments.conversations, arguments.tokenizer, arguments.rounds)
-    page = report(results, arguments.conversations, arguments.rounds, arguments.tokenizer)
-    print(page)
-    if arguments.output:
-        arguments.output.write_text(page)
-    missed = missed_targets(results)
-    if missed and arguments.conversations >= WANTED_FROM:
-        raise SystemExit("missed: " + "; ".join(missed))
+    table = report(results, arguments.conversations, arguments.rounds, arguments.tokenizer)
+    finish(table, arguments.output, missed_targets(results) if arguments.conversations >= WANTED_FROM else [])
 
 
 if __name__ == "__main__":

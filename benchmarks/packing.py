@@ -10,16 +10,13 @@ except where two documents fill a row.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import trl
+from measure import Table, finish
 from trl.data_utils import _pack_bfd
 
 from hymba_align.data import packing
@@ -90,18 +87,14 @@ def main() -> None:
     gsm8k = gsm8k_lengths()
     if gsm8k is not None:
         sets["GSM8K train, released tokenizer"] = gsm8k
-    lines = [
-        "# Packing: fill rate by documents packed at a time",
-        "",
-        f"`python benchmarks/packing.py`, {datetime.date.today()}, {os.cpu_count()} cores of a shared {platform.machine()} "
-        f"machine, trl {trl.__version__}. Rows of {MAX_LENGTH:,} tokens; fill = tokens / (rows * {MAX_LENGTH:,}). TRL's own "
-        f"call packs {TRL_BATCH:,} at a time; ours {packing.PACKED_TOGETHER:,}, fewer where these have more than "
-        f"{packing.TOKENS_PACKED_TOGETHER:,} tokens. 'possible' is one batch of all documents with no room lost but in the "
-        "last row. Seconds are those of ours.",
-        "",
-        f"| lengths | documents | mean | {' | '.join(f'{size:,}' for size in SIZES[:-1])} | ours | possible | seconds |",
-        "|---" * (6 + len(SIZES)) + "|",
-    ]
+    table = Table(
+        "Packing: fill rate by documents packed at a time",
+        "python benchmarks/packing.py",
+        ["lengths", "documents", "mean", *(f"{size:,}" for size in SIZES[:-1]), "ours", "possible", "seconds"],
+        f"Rows of {MAX_LENGTH:,} tokens; fill = tokens / (rows * {MAX_LENGTH:,}). TRL's own call packs {TRL_BATCH:,} at a "
+        f"time; ours {packing.PACKED_TOGETHER:,}, fewer where these have more than {packing.TOKENS_PACKED_TOGETHER:,} "
+        "tokens. 'possible' is one batch of all documents with no room lost but in the last row. Seconds are those of ours.",
+    )
     missed = []
     for name, lengths in sets.items():
         ours = packing._documents_together(lengths)
@@ -110,14 +103,10 @@ def main() -> None:
         best = lengths.sum() / (-(-lengths.sum() // MAX_LENGTH) * MAX_LENGTH)
         if fills[-1] < min(WANTED, best) and not name.startswith(HARD):
             missed.append(name)
-        shown = " | ".join(f"{100 * fill:.2f} %" for fill in (*fills, best))
-        lines.append(f"| {name} | {len(lengths):,} | {lengths.mean():.0f} | {shown} | {counted[-1][1]:.1f} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output:
-        arguments.output.write_text(table)
-    if missed:
-        raise SystemExit(f"less than {WANTED:.0%} filled: {', '.join(missed)}")
+        shown = [f"{100 * fill:.2f} %" for fill in (*fills, best)]
+        table.add(name, f"{len(lengths):,}", f"{lengths.mean():.0f}", *shown, f"{counted[-1][1]:.1f}")
+    below = f"less than {WANTED:.0%} filled: {', '.join(missed)}"
+    finish(table, arguments.output, [below] if missed else [])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Both sides do the same work at the same sizes, with the same weights: input projection, causal convolution, step-size
 and state projections, selective scan, gate, output projection; forward, backward to every weight and to the input.
-They alternate in one process and the medians are compared.
+They alternate in one process. This project's side uses the CPU's default backends; with HYMBA_ALIGN_KERNELS=scan=torch,conv=torch
+those in plain torch.
 
     python benchmarks/scan_cpu.py [--output benchmarks/scan_cpu.md]
 
@@ -12,23 +13,20 @@ The reference takes about half a minute per step at 1,024 tokens. Exits with 1 w
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import transformers
+from measure import Table, add_options, alternate, finish, median_ratio
 from torch import Tensor, nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from hymba_align.model.kernels import ChunkedScan, GatherConv, causal_conv, selective_scan
+from hymba_align.model.kernels.choice import choose_kernels
 
 INNER, STATE, HIDDEN, TAPS = 512, 16, 256, 4
-TARGETS = {512: 40, 1024: 300}
+WANTED = {512: 40, 1024: 300}
+CPU = torch.device("cpu")
 
 
 def build_mixer() -> MambaMixer:
@@ -46,81 +44,72 @@ def build_mixer() -> MambaMixer:
 
 def our_branch(mixer: MambaMixer, x_TD: Tensor) -> Tensor:
     """The same branch through this project's kernels, reading the mixer's own weights."""
-    tokens = len(x_TD)
-    cpu = torch.device("cpu")
+    kernels = choose_kernels(CPU, x_TD.dtype)
+    row = [len(x_TD)], [-1], [-1]  # one sequence from nothing
     u, z = mixer.in_proj(x_TD).chunk(2, dim=-1)
-    conv = GatherConv.build([tokens], [-1], [-1], TAPS, cpu)
-    u, _ = causal_conv(u, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, conv)
-    u = nn.functional.silu(u)
+    conv = kernels.conv_row.build(*row, TAPS, CPU)
+    u, _ = conv.run(u, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, silu=True)
     dt, B, C = mixer.x_proj(u).split([mixer.time_step_rank, STATE, STATE], dim=-1)
-    dt = nn.functional.softplus(mixer.dt_proj(dt))
-    y, _ = selective_scan(u, dt, -torch.exp(mixer.A_log), B, C, ChunkedScan.build([tokens], [-1], [-1], cpu))
-    return mixer.out_proj((y + mixer.D * u) * nn.functional.silu(z))
+    scan = kernels.scan_row.build(*row, CPU)
+    y, _ = scan.gated(u, mixer.dt_proj(dt), -torch.exp(mixer.A_log), B, C, mixer.D, z)
+    return mixer.out_proj(y)
 
 
-def time_step(forward: Callable[[Tensor], Tensor], mixer: MambaMixer, x: Tensor) -> tuple[float, Tensor, list[Tensor]]:
-    """Seconds of one forward and backward pass, its output and its gradients."""
+def step(forward: Callable[[Tensor], Tensor], mixer: MambaMixer, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output and all gradients of one forward and backward pass."""
     x = x.clone().requires_grad_()
     mixer.zero_grad()
-    start = time.perf_counter()
     output = forward(x)
     output.square().mean().backward()
-    seconds = time.perf_counter() - start
-    return seconds, output.detach(), [x.grad, *(parameter.grad.clone() for parameter in mixer.parameters())]
+    return output.detach(), [x.grad, *(parameter.grad for parameter in mixer.parameters())]
 
 
 def compare(tokens: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds per step of theirs and ours, in turn; stops if the two do not compute the same."""
+    """Seconds per step of theirs and ours.
+
+    Raises:
+        AssertionError: the two do not compute the same.
+    """
     mixer = build_mixer()
     x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
 
-    def theirs(x: Tensor) -> Tensor:
-        return mixer(x[None])[0]
+    def theirs() -> tuple[Tensor, list[Tensor]]:
+        return step(lambda x: mixer(x[None])[0], mixer, x)
 
-    def ours(x: Tensor) -> Tensor:
-        return our_branch(mixer, x)
+    def ours() -> tuple[Tensor, list[Tensor]]:
+        return step(lambda x: our_branch(mixer, x), mixer, x)
 
-    time_step(ours, mixer, x)
-    slow, fast = [], []
-    for _ in range(rounds):
-        seconds, expected, expected_gradients = time_step(theirs, mixer, x)
-        slow.append(seconds)
-        for _ in range(5):
-            seconds, found, gradients = time_step(ours, mixer, x)
-            fast.append(seconds)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
-        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-2)
-    return slow, fast
+    (expected, expected_gradients), (found, gradients) = theirs(), ours()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-2)
+    seconds = alternate({"theirs": theirs, "ours": ours}, rounds=rounds, warmup=0)
+    return seconds["theirs"], seconds["ours"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of one reference step and five of ours")
+    add_options(parser)
     arguments = parser.parse_args()
-    lines = [
-        "# SSM branch, forward and backward, CPU",
-        "",
-        f"`python benchmarks/scan_cpu.py`, {datetime.date.today()}, {torch.get_num_threads()} threads of a shared {platform.machine()} machine, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}. I = {INNER}, N = {STATE}, float32. "
-        "Medians; the two sides alternate in one process and agree in output and in every gradient.",
-        "",
-        "| tokens | transformers' Mamba mixer, s | hymba-align, s | times faster | wanted |",
-        "|---|---|---|---|---|",
-    ]
+    torch.set_num_threads(arguments.threads)
+    kernels = choose_kernels(CPU, torch.float32)
+    table = Table(
+        "SSM branch, forward and backward, CPU",
+        "python benchmarks/scan_cpu.py",
+        ("tokens", "transformers' Mamba mixer, s", "hymba-align, s", "times faster", "wanted"),
+        f"I = {INNER}, N = {STATE}, float32; scan: {kernels.scan}, convolution: {kernels.conv}. Medians of {arguments.rounds} rounds; "
+        "the two sides alternate in one process and agree in output and in every gradient.",
+    )
     missed = []
-    for tokens, target in TARGETS.items():
-        slow, fast = (statistics.median(seconds) for seconds in compare(tokens, arguments.rounds))
-        if slow / fast < target:
-            missed.append(tokens)
-        lines.append(f"| {tokens:,} | {slow:.2f} | {fast:.4f} | {slow / fast:.0f} | {target} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output:
-        arguments.output.write_text(table)
-    if missed:
-        raise SystemExit(f"slower than wanted at {missed} tokens")
+    for tokens, wanted in WANTED.items():
+        slow, fast = compare(tokens, arguments.rounds)
+        ratio = median_ratio(slow, fast)
+        if ratio < wanted:
+            missed.append(f"{ratio:.0f}x at {tokens} tokens, wanted {wanted}x")
+        table.add(
+            f"{tokens:,}", f"{statistics.median(slow):.2f}", f"{statistics.median(fast):.4f}", f"{ratio:.0f}", wanted
+        )
+    finish(table, arguments.output, missed)
 
 
 if __name__ == "__main__":

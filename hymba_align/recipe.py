@@ -154,11 +154,17 @@ class SFTSection(Section):
 
 
 class DPOSection(Section):
-    """Direct preference optimisation. `trainer` holds fields of `trl.DPOConfig`."""
+    """Direct preference optimisation. `trainer` holds fields of `trl.DPOConfig`.
+
+    `row_tokens` packs several pairs into a row of up to so many tokens (prompt once, chosen, rejected), so that every
+    batch of every process has about as many; a longer pair has a row of its own. `trainer.per_device_train_batch_size`
+    then counts rows. None: it counts pairs.
+    """
 
     data: StageDataSection | None = None
     max_length: int = Field(default=2048, ge=8)
     share_prefix: bool = True
+    row_tokens: int | None = Field(default=None, ge=8)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
 

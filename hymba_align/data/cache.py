@@ -29,10 +29,8 @@ def cached(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     It lies in the cache of `datasets` (HF_DATASETS_CACHE).
     Raises: DataError when it cannot be written there; whatever `build` raises.
     """
-    from datasets import config
-
-    root = Path(config.HF_DATASETS_CACHE) / FOLDER
-    folder = root / digest(key)
+    folder = cache_folder(key)
+    root = folder.parent
     if folder.is_dir():
         return folder
     try:
@@ -47,6 +45,13 @@ def cached(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
                 "with room"
             ) from error
     return folder
+
+
+def cache_folder(key: Mapping[str, Any]) -> Path:
+    """Where `cached` keeps what belongs to the key; it need not be there."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / FOLDER / digest(key)
 
 
 def digest(value: Any) -> str:

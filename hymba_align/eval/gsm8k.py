@@ -25,11 +25,8 @@ from hymba_align.eval.result import Sample, Score, TaskResult
 from hymba_align.recipe import EvalSection, SourceSection
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWSHOT_SEED = 1234
@@ -47,12 +44,21 @@ def score_gsm8k(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sect
     """
     from lm_eval.evaluator import evaluate
 
+    from hymba_align.eval.harness import HymbaLM
+
     started = time.perf_counter()
     context = int(model.config.max_position_embeddings)
     check_context(context, section)
     task = load_task(section)
     with _quiet() as terminal:
-        lm = chat_model(model, tokenizer, section, terminal=terminal, max_length=context)
+        lm = HymbaLM(
+            model,
+            tokenizer,
+            batch_size=section.batch_size,
+            max_length=context,
+            name="gsm8k",
+            terminal=terminal,
+        )
         results = evaluate(
             lm=lm,
             task_dict={"tasks": {"gsm8k": task}},
@@ -177,52 +183,6 @@ def _question_and_answer(row: dict[str, Any]) -> dict[str, str]:
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
-
-
-def chat_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    section: EvalSection,
-    *,
-    terminal: Any,
-    max_length: int,
-) -> HFLM:
-    """The harness's wrapper of a loaded model, with one progress bar and counts of truncated prompts and ended answers.
-
-    `add_bos_token=False`, because the prompt is a rendered chat: left alone, the harness lets the tokenizer prepend the
-    <s> that no training row has.
-    """
-    from lm_eval.models.huggingface import HFLM
-    from tqdm import tqdm
-
-    class ChatHFLM(HFLM):
-        ended = 0
-        truncated_prompts = 0
-        max_prompt_tokens = 0
-
-        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-            room = self.max_length - section.max_new_tokens
-            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-            self.truncated_prompts = sum(length > room for length in lengths)
-            self.max_prompt_tokens = max(lengths)
-            with tqdm(total=len(requests), desc="gsm8k", unit="problem", file=terminal) as self.bar:
-                answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-            return answers
-
-        def _model_generate(self, context: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
-            generated: torch.Tensor = super()._model_generate(context, *arguments, **settings)
-            answers = generated[:, context.shape[1] :]
-            self.ended += int((answers == tokenizer.eos_token_id).any(dim=1).sum())
-            self.bar.update(context.shape[0])
-            return generated
-
-    return ChatHFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=section.batch_size,
-        add_bos_token=False,
-        max_length=max_length,
-    )
 
 
 def check_context(context: int, section: EvalSection) -> None:

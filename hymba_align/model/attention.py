@@ -1,23 +1,24 @@
-"""Grouped-query attention over a tree of segments, and over cached keys.
+"""Grouped-query attention over a tree of segments; `cached_attention.py` has that over cached keys.
 
 A token sees all meta tokens, its ancestors' tokens and the earlier tokens of its own segment; in local layers the
 keys that are not meta tokens must also lie within the window. DESIGN.md, section 2.
 
 Legend: L tokens of the packed row (meta tokens included), H query heads, G key/value heads, d query/key head size,
-e value head size, M meta tokens, B sequences, Q new tokens per sequence, K cached keys per sequence.
+e value head size, Q queries, K keys.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Protocol, Self
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_align.model.cache import KeyValues
+from hymba_align.model.key_values import KeyValues
 from hymba_align.model.segments import ROOT
 
 QUERY_BLOCK = 512
@@ -58,6 +59,15 @@ class TreeAttentionRow(AttentionRow, Protocol):
         ...
 
 
+@runtime_checkable
+class SkipsQueries(TreeAttentionRow, Protocol):
+    """A backend that can leave out the queries of tokens whose output is known, as those of a cached prefix."""
+
+    def without_queries(self, tokens: int) -> Self:
+        """The same row, given only the queries after its first segments, which hold so many tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive queries of one segment with the pieces of the row whose keys they may see."""
@@ -69,7 +79,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class TreeAttention(TreeAttentionRow):
+class TreeAttention(SkipsQueries):
     """Attention of one packed row, cut into pieces of at most `QUERY_BLOCK` tokens: SDPA on every piece."""
 
     sizes: tuple[int, ...]
@@ -78,6 +88,8 @@ class TreeAttention(TreeAttentionRow):
     """One block per piece, for global layers."""
     windowed: tuple[Block, ...]
     """One block per piece, for local layers."""
+    keys_only: int = 0
+    """Pieces at the start of the row that bring keys but no queries, and have no block."""
 
     @classmethod
     def build(cls, lengths: list[int], parents: list[int], window: int, device: torch.device) -> TreeAttention:
@@ -86,7 +98,9 @@ class TreeAttention(TreeAttentionRow):
         paths: list[list[int]] = []  # pieces up to the end of each segment
         full: list[Block] = []
         windowed: list[Block] = []
-        masks: dict[tuple[object, ...], Tensor] = {}
+        meta = lengths[0]
+        causal = _Causal.build(lengths, parents, device)
+        masks: dict[tuple[tuple[int, int], ...], Tensor] = {}
         for length, parent in zip(lengths, parents, strict=True):
             path = [] if parent == ROOT else list(paths[parent])
             position = starts[path[-1]] + sizes[path[-1]] if path else 0
@@ -94,20 +108,29 @@ class TreeAttention(TreeAttentionRow):
                 sizes.append(min(QUERY_BLOCK, length - first))
                 starts.append(position + first)
                 path.append(len(sizes) - 1)
+                full.append(Block(tuple(path), causal.mask(starts[-1], sizes[-1])))
+                if starts[-1] + sizes[-1] - meta <= window + 1:  # everything is within the window
+                    windowed.append(full[-1])
+                    continue
                 near = [
                     piece
                     for piece in path
-                    if starts[piece] < lengths[0] or starts[piece] + sizes[piece] > starts[-1] - window
+                    if starts[piece] < meta or starts[piece] + sizes[piece] > starts[-1] - window
                 ]
-                for blocks, pieces, reach in ((full, path, None), (windowed, near, window)):
-                    spans = tuple((starts[piece], sizes[piece]) for piece in pieces)
-                    if reach is not None and starts[-1] + sizes[-1] - lengths[0] <= reach + 1:
-                        reach = None  # everything is within the window
-                    if (spans, reach) not in masks:
-                        masks[spans, reach] = _visible(spans, lengths[0], reach, device)
-                    blocks.append(Block(tuple(pieces), masks[spans, reach]))
+                # Only distances matter: what lies far into a document has the masks of what lies near its start.
+                shift = max(0, starts[-1] - meta - window - QUERY_BLOCK)
+                spans = tuple(
+                    (starts[piece] if starts[piece] < meta else starts[piece] - shift, sizes[piece]) for piece in near
+                )
+                if spans not in masks:
+                    masks[spans] = _within(spans, meta, window, device)
+                windowed.append(Block(tuple(near), masks[spans]))
             paths.append(path)
         return cls(tuple(sizes), tuple(full), tuple(windowed))
+
+    def without_queries(self, tokens: int) -> Self:
+        pieces = bisect_left(list(accumulate(self.sizes)), tokens) + 1
+        return replace(self, full=self.full[pieces:], windowed=self.windowed[pieces:], keys_only=pieces)
 
     def attend(
         self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
@@ -115,7 +138,8 @@ class TreeAttention(TreeAttentionRow):
         """Attention output (L, H * e)."""
         assert stored is None, "a tree holds all its tokens itself"
         # One split per tensor: the gradient of a split is one concatenation, that of many slices is one full row each.
-        q_pieces, k_pieces, v_pieces = (x.split(self.sizes) for x in (q_LHd, k_LGd, v_LGe))
+        q_pieces = q_LHd.split(self.sizes[self.keys_only :])
+        k_pieces, v_pieces = (x.split(self.sizes) for x in (k_LGd, v_LGe))
         outputs = []
         for q, block in zip(q_pieces, self.full if is_global else self.windowed, strict=True):
             k = torch.cat([k_pieces[piece] for piece in block.pieces])
@@ -124,14 +148,33 @@ class TreeAttention(TreeAttentionRow):
         return torch.cat(outputs)
 
 
-def _visible(spans: tuple[tuple[int, int], ...], meta: int, window: int | None, device: torch.device) -> Tensor:
-    """(Q, K) mask of the last span's tokens over all spans, each given as (first position, tokens)."""
+@dataclass(frozen=True)
+class _Causal:
+    """The masks of global layers: each is a part of one, so that a long document needs no square of its length."""
+
+    whole: Tensor
+    """(most queries, longest path + most queries) where query i sees the keys up to `longest` + i."""
+    longest: int
+    """Tokens of the longest path."""
+
+    @classmethod
+    def build(cls, lengths: list[int], parents: list[int], device: torch.device) -> _Causal:
+        ends: list[int] = []
+        for length, parent in zip(lengths, parents, strict=True):
+            ends.append(length + (0 if parent == ROOT else ends[parent]))
+        queries, longest = min(QUERY_BLOCK, max(lengths)), max(ends)
+        return cls(torch.ones(queries, longest + queries, dtype=torch.bool, device=device).tril(longest), longest)
+
+    def mask(self, position: int, queries: int) -> Tensor:
+        """(Q, K) of so many queries, the first of them at a position on its path, over all keys up to the last one."""
+        return self.whole[:queries, self.longest - position : self.longest + queries]
+
+
+def _within(spans: tuple[tuple[int, int], ...], meta: int, window: int, device: torch.device) -> Tensor:
+    """(Q, K) mask of the last span's tokens over all spans, each given as (first position, tokens), with a window."""
     keys = torch.cat([torch.arange(first, first + size, device=device) for first, size in spans])
     queries = keys[-spans[-1][1] :, None]
-    seen = keys <= queries
-    if window is not None:
-        seen &= (keys < meta) | (queries - keys <= window)
-    return seen
+    return (keys <= queries) & ((keys < meta) | (queries - keys <= window))
 
 
 def _attend_block(q_QHd: Tensor, k_KGd: Tensor, v_KGe: Tensor, mask_QK: Tensor) -> Tensor:
@@ -146,47 +189,3 @@ def _attend_block(q_QHd: Tensor, k_KGd: Tensor, v_KGe: Tensor, mask_QK: Tensor) 
         attn_mask=mask_QK.repeat(heads // groups, 1),
     )[0]
     return out.unflatten(1, (heads // groups, queries)).permute(2, 0, 1, 3).reshape(queries, -1)
-
-
-def attend_cached(
-    q_BQHd: Tensor,
-    own: tuple[Tensor, Tensor],
-    meta: tuple[Tensor, Tensor],
-    cached: tuple[Tensor, Tensor],
-    own_mask_BQQ: Tensor,
-    cached_mask_BQK: Tensor,
-) -> Tensor:
-    """Attention output (B, Q, H * e) of new tokens over meta tokens, cached tokens and themselves.
-
-    The three groups of keys are scored apart and share one softmax, so the meta keys are stored once for the batch
-    and the cached ones are not copied.
-
-    Args:
-        q_BQHd: queries after RoPE.
-        own: keys (B, Q, G, d) and values (B, Q, G, e) of the new tokens.
-        meta: keys (G, M, d) and values (G, M, e) of the meta tokens.
-        cached: keys (B, G, K, d) and values (B, G, K, e).
-        own_mask_BQQ: True where a new token may see a new token.
-        cached_mask_BQK: True where a new token may see a cached one.
-    """
-    batch, queries, _, head_dim = q_BQHd.shape
-    groups = meta[0].shape[0]
-    q = q_BQHd.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) / math.sqrt(head_dim)  # B G R Q d, R heads per group
-    own_k, own_v = (x.permute(0, 2, 1, 3) for x in own)
-    flat = q.flatten(2, 3)
-    scores = [
-        torch.matmul(flat, meta[0].transpose(-1, -2)),
-        _masked(torch.matmul(flat, cached[0].transpose(-1, -2)), cached_mask_BQK),
-        _masked(torch.matmul(flat, own_k.transpose(-1, -2)), own_mask_BQQ),
-    ]
-    weights = torch.softmax(torch.cat(scores, dim=-1).float(), dim=-1).to(q.dtype)
-    to_meta, to_cached, to_own = weights.split([score.shape[-1] for score in scores], dim=-1)
-    out = torch.matmul(to_meta, meta[1]) + torch.matmul(to_cached, cached[1]) + torch.matmul(to_own, own_v)
-    return out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).reshape(batch, queries, -1)
-
-
-def _masked(scores: Tensor, mask_BQK: Tensor) -> Tensor:
-    """Scores (B, G, R * Q, K) with what may not be seen set to minus infinity."""
-    _, queries, keys = mask_BQK.shape
-    by_query = scores.unflatten(2, (-1, queries))
-    return by_query.masked_fill(~mask_BQK[:, None, None], float("-inf")).view(*scores.shape[:3], keys)

@@ -1,7 +1,10 @@
-"""What generation keeps: meta keys once per layer, ring buffers of keys, a convolution tail and an SSM state per row.
+"""What generation keeps: shared keys once per layer, ring buffers of keys, a convolution tail and an SSM state per row.
 
-Legend: B sequences, G key/value heads, K slots, M meta tokens, N state size, I inner channels, W convolution taps,
-L tokens of the packed row.
+A cache starts from a batch or from a tree of segments, one row per path; a cache of one row can start many sequences
+(`HymbaCache.expanded`), and rows of a running batch can be replaced (`HymbaCache.put`).
+
+Legend: B sequences, G key/value heads, d query/key head size, e value head size, N state size, I inner channels,
+W convolution taps, L tokens of the packed row, S segments, n rows that are written.
 """
 
 from __future__ import annotations
@@ -13,66 +16,10 @@ from torch import Tensor
 from transformers import Cache
 
 from hymba_align.model.configuration import HymbaConfig
+from hymba_align.model.key_values import KeyValues, NewTokens, Places
+from hymba_align.model.segments import SegmentTree
 
-
-@dataclass
-class KeyValues:
-    """Keys (after RoPE) and values of one layer; the token at text position p lies in slot p modulo the slots.
-
-    A global layer's buffers grow with the text. A local layer's stop growing at `window` slots and then overwrite the
-    oldest token, which is just out of the next token's sight: the next token sees itself and `window` tokens before it.
-    """
-
-    window: int | None
-    meta: tuple[Tensor, Tensor]
-    """(G, M, d) and (G, M, e)"""
-    keys: Tensor
-    """(B, G, K, d)"""
-    values: Tensor
-    """(B, G, K, e)"""
-
-    def slot_positions(self, lengths_B: Tensor) -> Tensor:
-        """(B, K) text position of the token in each slot; negative where a slot is empty."""
-        slots = self.keys.shape[2]
-        newest = lengths_B[:, None] - 1
-        slot = torch.arange(slots, device=lengths_B.device)
-        return newest - (newest - slot) % slots
-
-    def append(self, k_LGd: Tensor, v_LGe: Tensor, rows_L: Tensor, positions_L: Tensor, longest: int) -> None:
-        """Stores new tokens.
-
-        Args:
-            k_LGd: keys of the new tokens.
-            v_LGe: their values.
-            rows_L: the sequence of each token.
-            positions_L: its text position.
-            longest: tokens of the longest sequence once these are stored.
-        """
-        self._grow(longest)
-        slots = self.keys.shape[2]
-        if self.window is not None:  # of tokens that share a slot only the last may be written
-            newest = torch.full((len(self.keys),), -1, device=positions_L.device)
-            newest = newest.scatter_reduce(0, rows_L, positions_L, "amax")
-            kept = positions_L > newest[rows_L] - slots
-            k_LGd, v_LGe, rows_L, positions_L = k_LGd[kept], v_LGe[kept], rows_L[kept], positions_L[kept]
-        slot = positions_L % slots
-        self.keys[rows_L, :, slot] = k_LGd.to(self.keys.dtype)
-        self.values[rows_L, :, slot] = v_LGe.to(self.values.dtype)
-
-    def _grow(self, longest: int) -> None:
-        slots = self.keys.shape[2]
-        limit = longest if self.window is None else min(longest, self.window)
-        if limit <= slots:
-            return
-        wanted = max(limit, 2 * slots)
-        extra = (wanted if self.window is None else min(wanted, self.window)) - slots
-        self.keys, self.values = (
-            torch.cat([x, x.new_zeros(*x.shape[:2], extra, x.shape[3])], dim=2) for x in (self.keys, self.values)
-        )
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in the given order."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+__all__ = ["HymbaCache", "HymbaLayerState", "KeyValues", "LayerUpdate"]
 
 
 @dataclass
@@ -84,6 +31,20 @@ class HymbaLayerState:
     """(B, W - 1, I)"""
     ssm_state: Tensor
     """(B, I, N), float32"""
+
+    def write(self, conv_tail: Tensor, ssm_state: Tensor, rows: Tensor | None) -> None:
+        """Replaces the states of the given rows, or of all."""
+        conv_tail, ssm_state = conv_tail.to(self.conv_tail.dtype), ssm_state.to(self.ssm_state.dtype)
+        if rows is None:
+            self.conv_tail, self.ssm_state = conv_tail, ssm_state
+        else:
+            self.conv_tail[rows], self.ssm_state[rows] = conv_tail, ssm_state
+
+    def selected(self, rows: Tensor) -> HymbaLayerState:
+        """The given rows, in the given order."""
+        rows = rows.to(self.conv_tail.device)
+        key_values = None if self.key_values is None else self.key_values.selected(rows)
+        return HymbaLayerState(key_values, self.conv_tail[rows], self.ssm_state[rows])
 
 
 @dataclass(frozen=True)
@@ -102,8 +63,12 @@ class LayerUpdate:
     def detached(self) -> LayerUpdate:
         return LayerUpdate(*(x.detach() for x in (self.k, self.v, self.conv_tail, self.ssm_state)))
 
+    def without_meta(self, meta: int) -> LayerUpdate:
+        """The text's part of a first pass; the states, which a cache may keep, in memory of their own."""
+        return LayerUpdate(self.k[meta:], self.v[meta:], self.conv_tail[1:].clone(), self.ssm_state[1:].clone())
 
-@dataclass
+
+@dataclass(eq=False)
 class HymbaCache(Cache):
     """State of a batch of sequences between forward passes. Empty until the first pass.
 
@@ -142,67 +107,176 @@ class HymbaCache(Cache):
         for state in self.states:
             tensors += [state.conv_tail, state.ssm_state]
             if (stored := state.key_values) is not None:
-                tensors += [stored.keys, stored.values, *stored.meta]
+                tensors += [stored.keys, stored.values, *stored.shared]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Batch columns seen so far, padding included."""
         return self.columns
 
-    def commit(self, updates: list[LayerUpdate], rows_S: Tensor, lengths_S: Tensor, columns: int, batch: int) -> None:
-        """Takes in one forward pass.
+    def commit(self, updates: list[LayerUpdate], tree: SegmentTree, rows_S: Tensor, columns: int) -> None:
+        """Takes in a forward pass in which every sequence has at most one segment, which continues it.
 
         Args:
             updates: one per layer; on the first pass the row starts with the meta tokens, as its own segment.
-            rows_S: batch row of each segment, meta tokens not counted.
-            lengths_S: tokens of each segment, meta tokens not counted.
+            tree: the segments, meta tokens not counted.
+            rows_S: sequence of each segment, in order; on the first pass all of them.
             columns: T of the batch that was run.
-            batch: B of the batch that was run.
         """
-        first_pass = not self.states
-        updates = [update.detached() for update in updates]
-        if not first_pass and torch.is_grad_enabled():  # a backward pass may still need what is written over below
-            self.batch_select_indices(torch.arange(batch))
-        if first_pass:
-            self.lengths = torch.zeros(batch, dtype=torch.int64)
-            self.states = [self._new_state(layer, update, batch) for layer, update in enumerate(updates)]
-        device = updates[0].k.device
-        starts = self.lengths[rows_S]
-        offsets = lengths_S.cumsum(0) - lengths_S
-        index = torch.arange(int(lengths_S.sum())) - offsets.repeat_interleave(lengths_S)
-        positions_L = (starts.repeat_interleave(lengths_S) + index).to(device)
-        rows_L = rows_S.repeat_interleave(lengths_S).to(device)
-        self.lengths = self.lengths.index_add(0, rows_S, lengths_S)
+        rows = rows_S if len(rows_S) < len(self.lengths) else None
+        if not self.states:
+            updates = self.start(updates, len(rows_S))
+        if rows is None and tree.num_tokens == len(rows_S):  # a step
+            lengths = self.lengths + 1
+            new = NewTokens(None, rows_S, self.lengths, lengths, 1)
+        else:
+            counts = tree.lengths
+            rows_L = rows_S.repeat_interleave(counts)
+            index_L = torch.arange(tree.num_tokens) - tree.offsets.repeat_interleave(counts)
+            lengths = self.lengths.index_add(0, rows_S, counts)
+            new = NewTokens(None, rows_L, self.lengths[rows_L] + index_L, lengths[rows_L], int(counts.max()))
+        self._store(updates, new, lengths, None, rows)
         self.columns += columns
-        longest = int(self.lengths.max())
-        rows = rows_S.to(device)
-        meta = self.config.num_memory_tokens if first_pass else 0
-        for state, update in zip(self.states, updates, strict=True):
-            state.conv_tail[rows] = update.conv_tail[int(first_pass) :].to(state.conv_tail.dtype)
-            state.ssm_state[rows] = update.ssm_state[int(first_pass) :]
-            if state.key_values is not None:
-                state.key_values.append(update.k[meta:], update.v[meta:], rows_L, positions_L, longest)
 
-    def _new_state(self, layer: int, update: LayerUpdate, batch: int) -> HymbaLayerState:
-        """State after the meta tokens."""
+    def commit_paths(self, updates: list[LayerUpdate], tree: SegmentTree, ends_B: Tensor) -> None:
+        """Takes in a forward pass over a tree that continues the only row, or nothing: one row per path from now on.
+
+        Args:
+            updates: one per layer; on the first pass the row starts with the meta tokens, as its own segment.
+            tree: the segments, meta tokens not counted.
+            ends_B: the segment that ends each path, in the order of the rows; may repeat and name inner segments.
+        """
+        if self.states:
+            self._become(self.expanded(len(ends_B)))
+        else:
+            updates = self.start(updates, len(ends_B))
+        offsets, sizes = tree.offsets.tolist(), tree.lengths.tolist()
+        paths = [
+            torch.cat([torch.arange(offsets[s], offsets[s] + sizes[s]) for s in tree.path(end)])
+            for end in ends_B.tolist()
+        ]
+        counts = torch.tensor([len(path) for path in paths])
+        rows_L = torch.arange(len(paths)).repeat_interleave(counts)
+        index_L = torch.cat([torch.arange(len(path)) for path in paths])
+        lengths = self.lengths + counts
+        new = NewTokens(torch.cat(paths), rows_L, self.lengths[rows_L] + index_L, lengths[rows_L], int(counts.max()))
+        self._store(updates, new, lengths, ends_B, None)
+        self.columns = int(lengths.max())
+
+    def start(self, updates: list[LayerUpdate], rows: int) -> list[LayerUpdate]:
+        """Begins empty sequences that stand after the meta tokens; gives back the updates without these.
+
+        Args:
+            updates: one per layer, of a row whose first segment is the meta tokens.
+            rows: how many sequences.
+        """
+        meta = self.config.num_memory_tokens
+        updates = [update.detached() for update in updates]
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.states = [self._new_state(layer, update, rows) for layer, update in enumerate(updates)]
+        return [update.without_meta(meta) for update in updates]
+
+    def _new_state(self, layer: int, update: LayerUpdate, rows: int) -> HymbaLayerState:
         key_values = None
         if self.config.kv_source(layer) == layer:
             meta = self.config.num_memory_tokens
             key_values = KeyValues(
                 window=None if self.config.is_global(layer) else self.config.sliding_window,
-                meta=(update.k[:meta].transpose(0, 1).contiguous(), update.v[:meta].transpose(0, 1).contiguous()),
-                keys=update.k.new_zeros(batch, update.k.shape[1], 0, update.k.shape[2]),
-                values=update.v.new_zeros(batch, update.v.shape[1], 0, update.v.shape[2]),
+                shared=(_first(update.k, meta), _first(update.v, meta)),
+                keys=update.k.new_zeros(rows, update.k.shape[1], 0, update.k.shape[2]),
+                values=update.v.new_zeros(rows, update.v.shape[1], 0, update.v.shape[2]),
             )
-        return HymbaLayerState(
-            key_values,
-            update.conv_tail[:1].repeat(batch, 1, 1),
-            update.ssm_state[:1].repeat(batch, 1, 1),
+        tail, state = update.conv_tail[:1], update.ssm_state[:1]
+        return HymbaLayerState(key_values, tail.repeat(rows, 1, 1), state.repeat(rows, 1, 1))
+
+    def _store(
+        self, updates: list[LayerUpdate], new: NewTokens, lengths: Tensor, ends: Tensor | None, rows: Tensor | None
+    ) -> None:
+        """Writes new tokens and states.
+
+        Args:
+            updates: one per layer, without meta tokens.
+            new: the tokens to store.
+            lengths: (B,) tokens per sequence afterwards.
+            ends: the segment that each written row ends in; None for all in order.
+            rows: the written rows; None for all.
+        """
+        if torch.is_grad_enabled():  # a backward pass may still need what is written over below
+            self.batch_select_indices(torch.arange(len(lengths)))
+        device = updates[0].k.device
+        ends, rows = (None if x is None else x.to(device, non_blocking=True) for x in (ends, rows))
+        places: dict[bool, Places] = {}
+        longest, limit = int(lengths.max()), self.config.max_position_embeddings
+        for state, update in zip(self.states, (update.detached() for update in updates), strict=True):
+            tail, end = (x if ends is None else x[ends] for x in (update.conv_tail, update.ssm_state))
+            state.write(tail, end, rows)
+            if state.key_values is not None:
+                stored, is_global = state.key_values, state.key_values.window is None
+                stored.grow(longest, limit)
+                if is_global not in places:
+                    places[is_global] = stored.places(new)
+                stored.append(update.k, update.v, places[is_global])
+        self.lengths = lengths
+
+    def expanded(self, rows: int) -> HymbaCache:
+        """A new cache of so many sequences that all continue the only row of this one, which is left as it is.
+
+        What global layers hold of it becomes `shared` and is not copied per row; nor are the meta tokens.
+
+        Raises:
+            ValueError: the cache holds no row or several.
+        """
+        if len(self.lengths) != 1:
+            raise ValueError(f"the cache holds {len(self.lengths)} sequences; only a cache of one can start others")
+        self.fold()
+        every = torch.zeros(rows, dtype=torch.int64)
+        return HymbaCache(
+            self.config, [state.selected(every) for state in self.states], self.lengths[every], self.columns
         )
+
+    def fold(self) -> None:
+        """Moves the only row's keys and values in global layers to `shared`, to start other sequences from it."""
+        length = int(self.lengths[0])
+        for stored in (state.key_values for state in self.states):
+            if stored is not None and stored.window is None and stored.folded < length:
+                own = tuple(x.transpose(0, 1) for x in stored.in_order(length))
+                stored.shared = (torch.cat([stored.shared[0], own[0]], 1), torch.cat([stored.shared[1], own[1]], 1))
+                stored.keys, stored.values = (
+                    x.new_zeros(1, x.shape[1], 0, x.shape[3]) for x in (stored.keys, stored.values)
+                )
+                stored.folded = length
+
+    def put(self, rows: Tensor, other: HymbaCache) -> None:
+        """Replaces rows by those of another cache that was expanded from the same row.
+
+        Args:
+            rows: (n,) rows of this cache that are written over.
+            other: cache of n rows.
+
+        Raises:
+            ValueError: the two caches do not share what they start with.
+        """
+        longest, limit = int(other.lengths.max()), self.config.max_position_embeddings
+        pairs = list(zip(self.states, other.states, strict=True))
+        for mine, theirs in pairs:
+            if mine.key_values and theirs.key_values and mine.key_values.shared[0] is not theirs.key_values.shared[0]:
+                raise ValueError(
+                    "the rows to put into the cache started from another prefix; expand both from one cache"
+                )
+        for mine, theirs in pairs:
+            place = rows.to(mine.conv_tail.device)
+            mine.write(theirs.conv_tail, theirs.ssm_state, place)
+            if mine.key_values and theirs.key_values:
+                mine.key_values.put(place, theirs.key_values, longest, limit)
+        self.lengths = self.lengths.index_copy(0, rows, other.lengths)
+        self.columns = max(self.columns, other.columns)
+
+    def _become(self, other: HymbaCache) -> None:
+        self.states, self.lengths, self.columns = other.states, other.lengths, other.columns
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.states, self.lengths, self.columns = [], torch.zeros(0, dtype=torch.int64), 0
+        self._become(HymbaCache(self.config))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
@@ -215,11 +289,7 @@ class HymbaCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows, in the given order; rows may repeat."""
-        for state in self.states:
-            rows = indices.to(state.conv_tail.device)
-            state.conv_tail, state.ssm_state = state.conv_tail[rows], state.ssm_state[rows]
-            if state.key_values is not None:
-                state.key_values.select(rows)
+        self.states = [state.selected(indices) for state in self.states]
         self.lengths = self.lengths[indices.cpu()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -229,3 +299,8 @@ class HymbaCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
         self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+
+def _first(x_LGd: Tensor, count: int) -> Tensor:
+    """(G, count, d) keys or values of the first tokens, in memory of their own: a view would keep the whole row."""
+    return x_LGd[:count].transpose(0, 1).clone(memory_format=torch.contiguous_format)

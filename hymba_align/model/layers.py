@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hymba_align.model.cache import HymbaLayerState, KeyValues
+from hymba_align.model.cache import HymbaLayerState
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.kernels import ConvRow
+from hymba_align.model.kernels.choice import choose_kernels
+from hymba_align.model.key_values import KeyValues
 from hymba_align.model.plan import ForwardPlan
 
 
@@ -35,7 +37,7 @@ class HymbaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return choose_kernels(x.device, x.dtype).rms_norm(x, self.weight, self.eps)
 
 
 class HymbaStepProjection(nn.Linear):

@@ -9,6 +9,7 @@ B batch rows, T columns, L tokens of the packed row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,28 @@ class Layout:
         if self.give_BT is None:
             return x_LD.unflatten(0, (batch, -1))
         return torch.cat([x_LD, x_LD.new_zeros(1, x_LD.shape[1])])[self.give_BT.to(x_LD.device)]
+
+    def tokens_at(self, positions: Tensor) -> Tensor:
+        """(n,) tokens of the row that positions of the flattened batch, (n,) or (1, n), show.
+
+        Raises:
+            ValueError: a position outside the batch or at padding.
+        """
+        positions = positions.detach().cpu().flatten()
+        tokens = self.tree.num_tokens
+        size = tokens if self.give_BT is None else self.give_BT.numel()
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < size:
+            raise ValueError(
+                f"positions_to_keep reach from {int(positions.min())} to {int(positions.max())}, "
+                f"but the flattened batch has {size} positions"
+            )
+        if self.give_BT is None:
+            return positions
+        found = self.give_BT.flatten()[positions]
+        if (found == tokens).any():
+            position = int(positions[found == tokens][0])
+            raise ValueError(f"positions_to_keep holds {position}, which is padding; give real tokens only")
+        return found
 
 
 def lay_out(
@@ -69,6 +92,9 @@ def lay_out(
         ValueError: forms that contradict each other or the batch; the message names the value.
     """
     mask = _real_tokens(batch, columns, attention_mask)
+    described = (position_ids, cu_seq_lens, seq_idx, segments, shared_prefix_lengths)
+    if columns == 1 and all(form is None for form in described) and (attention_mask is None or bool(mask.all())):
+        return _one_token_each(batch)
     lengths = _document_lengths(mask, position_ids, cu_seq_lens, seq_idx)
     if segments is not None:
         if shared_prefix_lengths is not None:
@@ -77,6 +103,13 @@ def lay_out(
     if shared_prefix_lengths is not None:
         return _preference(mask, shared_prefix_lengths.detach().cpu(), input_ids, lengths)
     return _documents(mask, _one_per_row(mask) if lengths is None else lengths)
+
+
+@lru_cache(maxsize=64)
+def _one_token_each(batch: int) -> Layout:
+    """A step of generation; the same for all of them."""
+    rows = torch.arange(batch)
+    return Layout(SegmentTree.from_lengths(torch.ones_like(rows)), None, None, rows)
 
 
 def _real_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> Tensor:

@@ -9,10 +9,13 @@ B batch rows, T columns, L tokens of the packed row (meta tokens included), D hi
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -31,6 +34,12 @@ from hymba_align.model.layers import (
 from hymba_align.model.layout import Layout, lay_out
 from hymba_align.model.plan import ForwardPlan
 from hymba_align.model.segments import ROOT, SegmentTree
+
+LOGITS_AT_ONCE = 2**25
+"""Logits that exist at a time where only the loss is wanted: 128 MB in float32, 1,048 positions of 32,001 tokens."""
+
+NOT_SCORED = -100
+"""The label that transformers leaves out of the loss."""
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
@@ -95,6 +104,8 @@ class HymbaModel(HymbaPreTrainedModel):
         seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        positions_to_keep: Tensor | None = None,
+        cache_segments: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of the text tokens; zeros at padding.
@@ -107,23 +118,28 @@ class HymbaModel(HymbaPreTrainedModel):
             past_key_values: state of the sequences so far, continued in place.
             inputs_embeds: (B, T, D) instead of `input_ids`.
             use_cache: return a cache. By default as the configuration says, but not in training and not for packed rows.
+                The cache of packed rows and trees has one row per segment that nothing continues, in row order, which
+                holds its whole path; such rows may also continue a cache of one sequence.
             segments: tree over a single row (B = 1).
             shared_prefix_lengths: (B / 2,) leading real tokens that rows i and i + B / 2 share; computed once.
             cu_seq_lens_q: (S + 1,) cumulative document lengths of a single row; `cu_seq_lens_k` is the same.
             seq_idx: (B, T) number of each token's document. Of these descriptions of documents one is enough.
             output_hidden_states: also return the input of every layer and the final norm's output.
             output_attentions: not available; attention weights are never formed for a whole row.
+            positions_to_keep: (n,) or (1, n) positions of the flattened batch whose last hidden states are wanted; they come
+                back as (1, n, D) in this order. Positions at padding have none.
+            cache_segments: (R,) segments whose paths the rows of the cache hold, instead; may repeat.
             kwargs: what collators and `generate` send along and nothing here needs (`max_length_q`, `cache_position`, ...).
 
         Raises:
             ValueError: inputs that contradict each other; the message names the value.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Hymba takes input_ids or inputs_embeds, exactly one of them")
         if output_attentions:
             raise ValueError("Hymba returns no attention weights; leave output_attentions off")
-        embeds_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, columns, _ = embeds_BTD.shape
+        batch, columns = given.shape[:2]
         if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only"
@@ -140,10 +156,13 @@ class HymbaModel(HymbaPreTrainedModel):
             segments=segments,
             shared_prefix_lengths=shared_prefix_lengths,
         )
-        obstacle = _obstacle_to_caching(layout, batch, past_key_values, shared_prefix_lengths)
-        cache = self._choose_cache(past_key_values, use_cache, obstacle)
-
-        x_LD = layout.pack(embeds_BTD)
+        paths = _paths_to_cache(layout, cache_segments)
+        obstacle = _obstacle_to_caching(layout, batch, past_key_values, shared_prefix_lengths, paths)
+        cache = self._choose_cache(past_key_values, use_cache, obstacle, by_default=paths is None)
+        # As a batch, because NEFTune's hook reads (B, T, D); without a name, so that it is free before the layers start.
+        x_LD = layout.pack(self.embed_tokens(given) if inputs_embeds is None else given)
+        # Found before the layers start: moving positions to the CPU waits for a GPU's work.
+        kept = None if positions_to_keep is None else layout.tokens_at(positions_to_keep).to(x_LD.device)
         plan = ForwardPlan.build(self.config, layout.tree, layout.rows_S, cache, x_LD.dtype, x_LD.device)
         if plan.meta_tokens:
             x_LD = torch.cat([self.memory_tokens.to(x_LD.dtype), x_LD])
@@ -151,22 +170,44 @@ class HymbaModel(HymbaPreTrainedModel):
         inputs: list[Tensor] | None = [] if wants_states else None
         x_LD, updates = self._run_layers(x_LD, plan, cache, inputs)
         x_LD = self.final_layernorm(x_LD)
-        if cache is not None:
-            cache.commit(updates, layout.rows_S, layout.tree.lengths, columns, batch)
+        if cache is not None and paths is not None:
+            cache.commit_paths(updates, layout.tree, paths)
+        elif cache is not None:
+            cache.commit(updates, layout.tree, layout.rows_S, columns)
         states = None
         if inputs is not None:
             states = tuple(layout.unpack(state[plan.meta_tokens :], batch) for state in (*inputs, x_LD))
+        x_LD = x_LD[plan.meta_tokens :]
         return BaseModelOutputWithPast(
-            last_hidden_state=layout.unpack(x_LD[plan.meta_tokens :], batch),
+            last_hidden_state=layout.unpack(x_LD, batch) if kept is None else x_LD[kept][None],
             past_key_values=cache,
             hidden_states=states,
         )
 
-    def _choose_cache(self, past: HymbaCache | None, use_cache: bool | None, obstacle: str | None) -> HymbaCache | None:
+    def meta_cache(self) -> HymbaCache:
+        """A cache of one sequence that stands after the meta tokens and has no text yet."""
+        tree = SegmentTree.from_lengths([1])  # a row has text; what this token leaves behind is not taken in
+        cache = HymbaCache(self.config)
+        plan = ForwardPlan.build(
+            self.config,
+            tree,
+            torch.zeros(1, dtype=torch.int64),
+            cache,
+            self.memory_tokens.dtype,
+            self.memory_tokens.device,
+        )
+        x_LD = torch.cat([self.memory_tokens, torch.zeros_like(self.memory_tokens[:1])])
+        _, updates = self._run_layers(x_LD, plan, cache, None)
+        cache.start(updates, 1)
+        return cache
+
+    def _choose_cache(
+        self, past: HymbaCache | None, use_cache: bool | None, obstacle: str | None, *, by_default: bool
+    ) -> HymbaCache | None:
         """The caller's cache, or a new one if asked for; by default as the configuration says, where the rows allow it."""
         if past is None:
-            wanted = self.config.use_cache and not self.training and not obstacle if use_cache is None else use_cache
-            if not wanted:
+            default = self.config.use_cache and not self.training and by_default and not obstacle
+            if not (default if use_cache is None else use_cache):
                 return None
         if obstacle:
             raise ValueError(obstacle)
@@ -194,20 +235,41 @@ class HymbaModel(HymbaPreTrainedModel):
 
 
 def _obstacle_to_caching(
-    layout: Layout, batch: int, past: HymbaCache | None, shared_prefix_lengths: Tensor | None
+    layout: Layout,
+    batch: int,
+    past: HymbaCache | None,
+    shared_prefix_lengths: Tensor | None,
+    paths: Tensor | None,
 ) -> str | None:
     """Why the rows of a batch cannot start or continue a cache, if they cannot."""
-    several_per_row = len(set(layout.rows_S.tolist())) < len(layout.rows_S)
-    if several_per_row or shared_prefix_lengths is not None or (layout.tree.parents != ROOT).any():
-        return (
-            "a cache holds one sequence per row; pass use_cache=False with packed documents, trees or shared prefixes"
-        )
+    if shared_prefix_lengths is not None:
+        return "a cache holds whole sequences; pass use_cache=False and no past_key_values with shared_prefix_lengths"
     if past is not None and past.is_initialized:
-        if len(past.lengths) != batch:
+        if paths is not None:
+            if len(past.lengths) != 1:
+                return f"the cache holds {len(past.lengths)} sequences; a packed row or a tree can only continue a cache of one"
+        elif len(past.lengths) != batch:
             return f"the cache holds {len(past.lengths)} sequences but the batch has {batch} rows"
     elif missing := set(range(batch)) - set(layout.rows_S.tolist()):
         return f"attention_mask has no real token in row {min(missing)}; every sequence needs one to start a cache"
     return None
+
+
+def _paths_to_cache(layout: Layout, cache_segments: Tensor | None) -> Tensor | None:
+    """The segments that end the cache's rows, for packed rows and trees; None where each batch row is one sequence."""
+    if cache_segments is None:
+        if len(set(layout.rows_S.tolist())) == len(layout.rows_S):
+            return None
+        inner = torch.zeros(layout.tree.num_segments, dtype=torch.bool)
+        inner[layout.tree.parents[layout.tree.parents != ROOT]] = True
+        return (~inner).nonzero().flatten()
+    ends = cache_segments.detach().cpu()
+    segments = layout.tree.num_segments
+    if ends.ndim != 1 or not len(ends) or int(ends.min()) < 0 or int(ends.max()) >= segments:
+        raise ValueError(
+            f"cache_segments is {ends.tolist()}; it lists one or more of the row's segments, 0 to {segments - 1}"
+        )
+    return ends
 
 
 def _last_columns(attention_mask: Tensor | None, columns: int) -> Tensor | None:
@@ -248,6 +310,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         segments: SegmentTree | None = None,
         shared_prefix_lengths: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and with `labels` the mean next-token loss.
@@ -256,12 +319,32 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             labels: (B, T) token ids; -100 is not scored, nor is padding or the first token of a document (or of what
                 continues a cache). In a tree a segment's first token is predicted by its parent's last one.
             logits_to_keep: last columns to compute logits for (0: all), or a tensor of column indices; not with labels.
+            return_logits: False with `labels` when only the loss is wanted. Logits then exist for what is scored only,
+                `LOGITS_AT_ONCE` of them, and once again in the backward pass; the output has none.
             kwargs: the remaining inputs of `HymbaModel.forward`; `num_items_in_batch` divides the summed loss instead
                 of the number of scored tokens.
 
         The other arguments and the errors are those of `HymbaModel.forward`.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        if labels is not None and not isinstance(keep, int):
+            raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
+        if labels is None and not return_logits:
+            raise ValueError("return_logits is False but there are no labels; without both there is nothing to compute")
+        scored = None
+        if labels is not None:
+            documents = lay_out(
+                *labels.shape,
+                attention_mask=_last_columns(attention_mask, labels.shape[1]),
+                position_ids=position_ids,
+                cu_seq_lens=_same(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")),
+                seq_idx=kwargs.get("seq_idx"),
+                segments=segments,
+            )
+            scored = _next_token_pairs(documents, labels)
+        if scored is not None and not return_logits:
+            kwargs["positions_to_keep"] = scored[0]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -273,32 +356,38 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             shared_prefix_lengths=shared_prefix_lengths,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden_BTD = outputs.last_hidden_state
-        logits = self.lm_head(hidden_BTD if isinstance(keep, int) else hidden_BTD[:, keep])
-        loss = None
-        if labels is not None:
-            if not isinstance(keep, int):
-                raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
-            documents = lay_out(
-                *labels.shape,
-                attention_mask=_last_columns(attention_mask, labels.shape[1]),
-                position_ids=position_ids,
-                cu_seq_lens=_same(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")),
-                seq_idx=kwargs.get("seq_idx"),
-                segments=segments,
-            )
-            predicting, targets = _next_token_pairs(documents, labels)
-            loss = self.loss_function(
-                logits.flatten(0, 1)[predicting.to(logits.device)],
-                labels=None,
-                shift_labels=targets,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items,
-            )
+        loss = logits = None
+        if return_logits:
+            logits = self.lm_head(hidden_BTD if isinstance(keep, int) else hidden_BTD[:, keep])
+        if scored is not None:
+            predicting, targets = scored
+            if logits is None:
+                loss = self._summed_loss(hidden_BTD[0], targets) / (len(targets) if num_items is None else num_items)
+            else:
+                loss = self.loss_function(
+                    logits.flatten(0, 1)[predicting.to(logits.device)],
+                    labels=None,
+                    shift_labels=targets,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items,
+                )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _summed_loss(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
+        """Summed loss in float32, from one tile of logits at a time.
+
+        Every tile but the last is computed again in the backward pass, which begins with the last one.
+        """
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        tiles = list(zip(hidden_nD.split(rows), targets_n.to(hidden_nD.device).split(rows), strict=True))
+        again = partial(checkpoint, self._tile_loss, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([*(again(*tile) for tile in tiles[:-1]), self._tile_loss(*tiles[-1])]).sum()
+
+    def _tile_loss(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden_nD).float(), targets_n, reduction="sum")
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # upstream declares a bool and returns nothing
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *unused: Any
@@ -313,10 +402,14 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
 
 
 def _next_token_pairs(layout: Layout, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened batch that predict, and what: (n,) and (n,), document starts and padding left out."""
+    """Positions in the flattened batch that predict, and what: (n,) and (n,). Left out is what is not scored: labels of
+    -100, document starts and padding.
+    """
     before = layout.tree.predecessors()
     predicted = (before != ROOT).nonzero().flatten()
     predicting = before[predicted]
     if layout.take_L is not None:
         predicted, predicting = layout.take_L[predicted], layout.take_L[predicting]
-    return predicting, labels.flatten()[predicted.to(labels.device)]
+    targets = labels.flatten()[predicted.to(labels.device)]
+    scored = targets != NOT_SCORED
+    return predicting[scored.to(predicting.device)], targets[scored]

@@ -1,9 +1,10 @@
 """Everything about a packed row that all layers share, computed once per forward pass.
 
 Without a cache (or on its first pass) the row starts with the meta tokens, as the segment that all others continue.
-With a filled cache each sequence's new tokens are one segment that continues the cached state.
+With a filled cache each sequence's new tokens are one segment that continues the cached state, or, if the cache holds
+one sequence, all roots of a tree continue that.
 
-Legend: L tokens of the packed row, S segments, B sequences, Q new tokens per sequence, d query/key head size.
+Legend: L tokens of the packed row, S segments, d query/key head size.
 """
 
 from __future__ import annotations
@@ -13,74 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba_align.model.attention import AttentionRow, attend_cached
-from hymba_align.model.cache import HymbaCache, KeyValues
+from hymba_align.model.attention import AttentionRow
+from hymba_align.model.cache import HymbaCache
+from hymba_align.model.cached_attention import CachedAttention, PrefixAttention, StepAttention
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.kernels import ConvRow, ScanRow
 from hymba_align.model.kernels.choice import choose_kernels
 from hymba_align.model.segments import ROOT, SegmentTree
-
-
-@dataclass(frozen=True)
-class CachedAttention(AttentionRow):
-    """Attention of new tokens over a filled cache."""
-
-    slots_L: Tensor
-    """Where each new token lies in the flattened (B, Q)."""
-    shape: tuple[int, int]
-    """B, Q"""
-    masks: dict[bool, tuple[Tensor, Tensor]]
-    """By whether a layer is global: which new tokens (B, Q, Q) and which cached ones (B, Q, K) a new token sees."""
-
-    @classmethod
-    def build(
-        cls, tree: SegmentTree, rows_S: Tensor, index_L: Tensor, cache: HymbaCache, device: torch.device
-    ) -> CachedAttention:
-        """Plans the attention of one segment of new tokens per sequence.
-
-        Args:
-            tree: the new tokens of each sequence that has any.
-            rows_S: the sequence of each segment.
-            index_L: place of each token in its segment.
-            cache: what came before.
-        """
-        shape = (len(cache.lengths), int(tree.lengths.max()))
-        lengths_B = cache.lengths.to(device)
-        masks = {
-            stored.window is None: _cached_masks(stored, lengths_B, shape[1])
-            for stored in (state.key_values for state in cache.states)
-            if stored is not None
-        }
-        return cls((rows_S.repeat_interleave(tree.lengths) * shape[1] + index_L).to(device), shape, masks)
-
-    def attend(
-        self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
-    ) -> Tensor:
-        """Attention output (L, H * e)."""
-        assert stored is not None, "a filled cache has keys for every layer"
-        q, k, v = (self._pad(x) for x in (q_LHd, k_LGd, v_LGe))
-        out = attend_cached(q, (k, v), stored.meta, (stored.keys, stored.values), *self.masks[is_global])
-        return out.flatten(0, 1)[self.slots_L]
-
-    def _pad(self, x_L: Tensor) -> Tensor:
-        """(L, ...) -> (B, Q, ...)"""
-        if len(x_L) == self.shape[0] * self.shape[1]:
-            return x_L.unflatten(0, self.shape)
-        padded = x_L.new_zeros(self.shape[0] * self.shape[1], *x_L.shape[1:])
-        return padded.index_copy(0, self.slots_L, x_L).unflatten(0, self.shape)
-
-
-def _cached_masks(stored: KeyValues, lengths_B: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    batch = len(lengths_B)
-    index = torch.arange(queries, device=lengths_B.device)
-    distance = index[:, None] - index
-    key_positions = stored.slot_positions(lengths_B)[:, None]  # B 1 K
-    own = distance >= 0
-    cached = (key_positions >= 0).expand(batch, queries, -1)
-    if stored.window is not None:
-        own = own & (distance <= stored.window)
-        cached = cached & ((lengths_B[:, None] + index)[..., None] - key_positions <= stored.window)
-    return own.expand(batch, queries, queries), cached
 
 
 @dataclass(frozen=True)
@@ -115,31 +55,74 @@ class ForwardPlan:
             dtype: of the activations, and of the rotary angles' cosines and sines.
             device: of the computation.
         """
+        if cache is not None and cache.is_initialized:
+            return cls._continuing(config, tree, rows_S, cache, dtype, device)
         lengths, parents = tree.lengths.tolist(), tree.parents.tolist()
         index = torch.arange(tree.num_tokens) - tree.offsets.repeat_interleave(tree.lengths)
-        attention: AttentionRow
         kernels = choose_kernels(device, dtype)
-        if cache is not None and cache.is_initialized:
-            meta = 0
-            initial = rows_S.tolist()
-            before = cache.lengths[rows_S]
-            attention = CachedAttention.build(tree, rows_S, index, cache, device)
-        else:
-            meta = config.num_memory_tokens
-            lengths, parents = [meta, *lengths], [ROOT, *(parent + 1 for parent in parents)]
-            initial = [ROOT] * len(lengths)
-            before = tree.ancestor_tokens
-            attention = kernels.attention_row.build(lengths, parents, config.sliding_window, device)
-        positions = config.num_memory_tokens + before.repeat_interleave(tree.lengths) + index
-        positions = torch.cat([torch.arange(meta), positions]).to(device)
-        cos, sin = rotary_angles(config, positions)
+        meta = config.num_memory_tokens
+        lengths, parents = [meta, *lengths], [ROOT, *(parent + 1 for parent in parents)]
+        initial = [ROOT] * len(lengths)
+        positions = meta + tree.ancestor_tokens.repeat_interleave(tree.lengths) + index
+        cos, sin = rotary_angles(config, torch.cat([torch.arange(meta), positions]).to(device))
         return cls(
             meta_tokens=meta,
             cos_L1d=cos[:, None].to(dtype),
             sin_L1d=sin[:, None].to(dtype),
             conv=kernels.conv_row.build(lengths, parents, initial, config.mamba_d_conv, device),
             scan=kernels.scan_row.build(lengths, parents, initial, device),
+            attention=kernels.attention_row.build(lengths, parents, config.sliding_window, device),
+        )
+
+    @classmethod
+    def _continuing(
+        cls,
+        config: HymbaConfig,
+        tree: SegmentTree,
+        rows_S: Tensor,
+        cache: HymbaCache,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> ForwardPlan:
+        """As `build`, for new tokens that continue a filled cache."""
+        if tree.num_tokens == len(rows_S) == len(cache.lengths):
+            return cls._step(config, cache, dtype, device)
+        lengths, parents = tree.lengths.tolist(), tree.parents.tolist()
+        rows = rows_S.tolist()
+        initial = [row if parent == ROOT else ROOT for row, parent in zip(rows, parents, strict=True)]
+        kernels = choose_kernels(device, dtype)
+        attention: AttentionRow
+        if len(set(rows)) < len(rows):
+            attention = PrefixAttention.build(kernels.attention_row, tree, cache, device)
+        else:
+            attention = CachedAttention.build(tree, rows_S, cache, device)
+        index = torch.arange(tree.num_tokens) - tree.offsets.repeat_interleave(tree.lengths)
+        before = cache.lengths[rows_S] + tree.ancestor_tokens
+        positions = config.num_memory_tokens + before.repeat_interleave(tree.lengths) + index
+        cos, sin = rotary_angles(config, positions.to(device, non_blocking=True))
+        return cls(
+            meta_tokens=0,
+            cos_L1d=cos[:, None].to(dtype),
+            sin_L1d=sin[:, None].to(dtype),
+            conv=kernels.conv_row.build(lengths, parents, initial, config.mamba_d_conv, device),
+            scan=kernels.scan_row.build(lengths, parents, initial, device),
             attention=attention,
+        )
+
+    @classmethod
+    def _step(cls, config: HymbaConfig, cache: HymbaCache, dtype: torch.dtype, device: torch.device) -> ForwardPlan:
+        """As `build`, for one new token of every cached sequence."""
+        kernels = choose_kernels(device, dtype)
+        rows = len(cache.lengths)
+        segments = [1] * rows, [ROOT] * rows, list(range(rows))
+        cos, sin = rotary_angles(config, config.num_memory_tokens + cache.lengths.to(device, non_blocking=True))
+        return cls(
+            meta_tokens=0,
+            cos_L1d=cos[:, None].to(dtype),
+            sin_L1d=sin[:, None].to(dtype),
+            conv=kernels.conv_step_row.build(*segments, config.mamba_d_conv, device),
+            scan=kernels.scan_step_row.build(*segments, device),
+            attention=StepAttention.build(cache, device),
         )
 
     def rotate(self, x_LHd: Tensor) -> Tensor:
@@ -151,12 +134,21 @@ class ForwardPlan:
 def rotary_angles(config: HymbaConfig, positions_L: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (L, d) in float32.
 
+    Raises:
+        ValueError: a context that the base of an NTK-aware embedding cannot be stretched to.
+
     Source: NTK-aware base as in the released configuration; DESIGN.md, section 2.
     """
     size = config.head_dim
     base = config.rope_theta
     if config.rope_type == "ntk":
         stretch = 2 * config.max_position_embeddings / config.orig_max_position_embeddings - 1
+        if stretch <= 0:
+            raise ValueError(
+                f"rope_type 'ntk' cannot shrink a context of {config.orig_max_position_embeddings} "
+                f"(orig_max_position_embeddings) to {config.max_position_embeddings} (max_position_embeddings); "
+                "use more than half of it, or rope_type None"
+            )
         base *= stretch ** (size / (size - 2))
     exponent = torch.arange(0, size, 2, dtype=torch.int64, device=positions_L.device).float() / size
     angles = positions_L.float()[:, None] / base**exponent

@@ -11,15 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Ints: TypeAlias = Tensor | Sequence[int]
+IdArray: TypeAlias = npt.NDArray[np.int64]
 ROOT = -1
 """The parent of a segment that continues nothing but the meta tokens."""
+BIG_ENDIAN = np.dtype(">i8")
+"""Bytes of big-endian numbers that are not negative sort as the numbers do."""
 
 
 def _as_int_tensor(values: Ints, name: str) -> Tensor:
@@ -199,8 +204,8 @@ def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
         raise ValueError("share_prefixes: no sequences; a row has at least one")
     keys = [_sortable(sequence, entry) for entry, sequence in enumerate(sequences)]
     ordered = sorted(set(keys))
-    tokens = [np.frombuffer(key, dtype=_BIG_ENDIAN) for key in ordered]
-    shared = [0, *(_common(before, after) for before, after in zip(tokens, tokens[1:], strict=False))]
+    tokens = [np.frombuffer(key, dtype=BIG_ENDIAN) for key in ordered]
+    shared = [0, *(common_tokens(before, after) for before, after in pairwise(tokens))]
     new = torch.tensor([len(one) - common for one, common in zip(tokens, shared, strict=True)])
     parts = new.cumsum(0) - new  # index in the row of the first token that each adds; it adds at least its last one
     branches = _branches(parts.tolist(), shared)
@@ -219,20 +224,16 @@ def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
     return SharedPrefixes(tree, torch.from_numpy(ids), ends[torch.tensor([place[key] for key in keys])])
 
 
-_BIG_ENDIAN = np.dtype(">i8")
-"""Bytes of big-endian numbers that are not negative sort as the numbers do."""
-
-
 def _sortable(sequence: Ints, entry: int) -> bytes:
     ids = _as_int_tensor(sequence, f"sequences[{entry}]")
     if not len(ids):
         raise ValueError(f"share_prefixes: sequences[{entry}] is empty; it needs at least 1 token")
     if int(ids.min()) < 0:
         raise ValueError(f"share_prefixes: sequences[{entry}] holds {int(ids.min())}; token ids are not negative")
-    return ids.numpy().astype(_BIG_ENDIAN).tobytes()
+    return ids.numpy().astype(BIG_ENDIAN).tobytes()
 
 
-def _common(before: np.ndarray, after: np.ndarray) -> int:
+def common_tokens(before: IdArray, after: IdArray) -> int:
     """Leading tokens that two sequences share."""
     shorter = min(len(before), len(after))
     differ = before[:shorter] != after[:shorter]

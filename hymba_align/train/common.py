@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from hymba_align.data.packing import PackingReport
     from hymba_align.data.prepare import Prepared
+    from hymba_align.train.preference_rows import RowsReport
 
 FINAL = "final"
 DATA_RECORD = "data.json"
@@ -116,8 +117,8 @@ def prepare_once(
 ) -> Prepared:
     """The prepared data, made by one process and read from `stage_dir` by the others; a stream is each process's own.
 
-    Read from disk, so that every process sees one fingerprint: TRL keeps reference log-probabilities in a file beside
-    the data, and data in memory would send each process to a temporary folder of its own.
+    Read from disk, so that every process sees one fingerprint: TRL's and our own `map` calls keep their results in files
+    beside the data, and data in memory would send each process to a temporary folder of its own.
     """
     from accelerate.utils import broadcast_object_list
     from datasets import load_from_disk
@@ -146,8 +147,12 @@ def prepare_once(
     return Prepared(read["dataset"], read.get("validation"), sources)
 
 
-def record_data(stage_dir: Path, prepared: Prepared, packing: PackingReport | None) -> None:
+def record_data(
+    stage_dir: Path, prepared: Prepared, packing: PackingReport | None = None, *, rows: RowsReport | None = None
+) -> None:
     """Writes data.json, which says what became of every source's rows and how full packed rows are; prints the latter.
+
+    `packing` is about rows of documents, `rows` about rows of pairs.
 
     Of a stream it says, and prints, what became of the rows that were read by now.
     """
@@ -161,11 +166,14 @@ def record_data(stage_dir: Path, prepared: Prepared, packing: PackingReport | No
         sources.append({**counted, "lost": reasons, "shortened": len(source.cut)})
     validation = len(prepared.validation) if prepared.validation is not None else 0
     report = {**vars(packing), "fill_rate": packing.fill_rate} if packing is not None else None
-    write_json(stage_dir / DATA_RECORD, {"sources": sources, "validation": validation, "packing": report})
+    record = {"sources": sources, "validation": validation, "packing": report}
+    write_json(stage_dir / DATA_RECORD, {**record, "rows": vars(rows)} if rows is not None else record)
     for source in prepared.counted() if prepared.streams else ():
         print(f"{source.name}: {source.summary()}", flush=True)
     if packing is not None:
         print("packing: " + "; ".join(packing.lines()[:2]), flush=True)
+    if rows is not None:
+        print(rows.line(), flush=True)
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------

@@ -1,23 +1,16 @@
-"""Direct preference optimisation: TRL's DPOTrainer, with each pair's prompt computed once.
-
-Tensor legend: B rows, chosen then rejected, so B/2 pairs.
-"""
+"""Direct preference optimisation: TRL's DPOTrainer, with each pair's prompt computed once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from hymba_align.recipe import DPOSection, Recipe
 from hymba_align.train.common import (
-    SparesRecurrence,
     load_start,
     load_start_tokenizer,
     prepare_once,
@@ -26,50 +19,22 @@ from hymba_align.train.common import (
     run_stage,
     stage_callbacks,
 )
+from hymba_align.train.dpo_trainer import HymbaDPOTrainer
+from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hymba_align.data.prepare import Prepared
-
-
-class HymbaDPOTrainer(SparesRecurrence, DPOTrainer):
-    """TRL's trainer as it is, except for which parameters weight decay spares."""
-
-
-@dataclass
-class SharedPrefixCollator(DataCollatorForPreference):
-    """TRL's preference batch plus `shared_prefix_lengths` (B/2,) int64.
-
-    Rows i and i + B/2 begin with that many equal tokens, the pair's prompt. The model reads the key and computes them
-    once; TRL passes it on to the model, also for the reference log-probabilities. The tensor has half as many rows as
-    the rest of the batch: processes build their own batches, so accelerate never slices it (`dispatch_batches`, which
-    would, is refused because it separates chosen from rejected in the first place).
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)
-        lengths = [self.shared_length(example) for example in examples]
-        batch["shared_prefix_lengths"] = torch.tensor(lengths, dtype=torch.long)
-        return batch
-
-    def shared_length(self, example: dict[str, Any]) -> int:
-        """Prompt tokens that both rows still start with after truncation."""
-        prompt = len(example["prompt_ids"])
-        if self.max_length is None:
-            return prompt
-        if self.truncation_mode == "keep_start":
-            return min(prompt, self.max_length)
-        cut_chosen, cut_rejected = (
-            max(0, prompt + len(example[key]) - self.max_length) for key in ("chosen_ids", "rejected_ids")
-        )
-        return max(0, prompt - cut_chosen) if cut_chosen == cut_rejected else 0
 
 
 @quiet_libraries()
 def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict[str, float]:
     """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`, checkpoints beside it.
 
-    The reference model is the starting point itself, so its log-probabilities are computed once, before training.
+    The reference model is the starting point itself, so its log-probabilities are computed before training, or read from
+    an earlier run of whatever name on the same pairs and weights.
 
     Args:
         start: checkpoint to start from; None for the recipe's base section.
@@ -88,28 +53,49 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
     prepared = prepare_once(
         lambda: prepare_preferences(data, tokenizer, section.max_length, seed=recipe.seed), stage_dir, arguments
     )
+    trainer = _build_trainer(recipe, start, stage_dir, arguments, tokenizer, prepared)
+    check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
+    rows = None
+    if section.row_tokens is None:
+        trainer.add_lengths()
+    else:
+        rows = trainer.pack_rows(section.row_tokens)
+    if arguments.process_index == 0:
+        record_data(stage_dir, prepared, rows=rows)
+    return run_stage(trainer, stage_dir)
+
+
+def _build_trainer(
+    recipe: Recipe,
+    start: str | Path | None,
+    stage_dir: Path,
+    arguments: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+) -> HymbaDPOTrainer:
+    """The trainer over the prepared pairs, with the reference's log-probabilities unless they are computed beside training."""
+    section = stage_section(recipe, "dpo")
+    assert isinstance(section, DPOSection)
     assert not isinstance(arguments.pad_to_multiple_of, str), "DPOConfig resolves 'auto'"
-    collator = SharedPrefixCollator(
+    collator = PairCollator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=arguments.max_length,
         truncation_mode=arguments.truncation_mode,
         pad_to_multiple_of=arguments.pad_to_multiple_of,
+        share_prefix=section.share_prefix,
+        row_tokens=section.row_tokens,
     )
     with settings_refused_by_trl("dpo"):
-        trainer = HymbaDPOTrainer(
+        return HymbaDPOTrainer(
             model=load_start(recipe, start, tokenizer),
             ref_model=None if arguments.precompute_ref_log_probs else load_start(recipe, start, tokenizer),
             args=arguments,
-            data_collator=collator if section.share_prefix else None,
+            data_collator=collator,
             train_dataset=prepared.dataset.remove_columns("place"),
             eval_dataset=prepared.validation.remove_columns("place") if prepared.validation is not None else None,
             processing_class=tokenizer,
             callbacks=stage_callbacks("dpo", stage_dir),
         )
-    check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
-    if arguments.process_index == 0:
-        record_data(stage_dir, prepared, None)
-    return run_stage(trainer, stage_dir)
 
 
 def check_nothing_lost(prepared: Prepared, rows: Dataset, max_length: int) -> None:

@@ -26,6 +26,8 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 5e-5, "packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
     "dpo": {"learning_rate": 3e-6, "precompute_ref_log_probs": True},
 }
+# Losses of DPO that compare the pairs of a batch, or average over its tokens: what a pair adds depends on the others.
+IN_BATCH_LOSSES = frozenset({"aot", "aot_unpaired", "sft"})
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
     "lr_scheduler_type": "cosine",
@@ -76,11 +78,19 @@ def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
         raise RecipeError(
             f"{stage}.trainer.max_steps is missing, and with data.streaming nobody knows how many steps an epoch has; set it"
         )
+    rows_of_pairs = isinstance(section, DPOSection) and section.row_tokens is not None
+    if rows_of_pairs:
+        _refuse_with_rows(given)
     use_cpu = given.get("use_cpu", not torch.cuda.is_available())
+    if use_cpu and given.get("activation_offloading"):
+        raise RecipeError(
+            f"{stage}.trainer.activation_offloading is true, but this run computes on the CPU, where activations are "
+            "already; remove it, or set activation_checkpointing to recompute them"
+        )
     return {
         **DEFAULTS,
         **STAGE_DEFAULTS[stage],
-        **_data_defaults(recipe.data_for(stage), given),
+        **_data_defaults(recipe.data_for(stage), given, rows_of_pairs=rows_of_pairs),
         "use_cpu": use_cpu,
         "activation_checkpointing": not use_cpu,
         "bf16": not use_cpu and not given.get("fp16", False) and torch.cuda.is_bf16_supported(),
@@ -93,12 +103,15 @@ def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
     }
 
 
-def _data_defaults(data: DataSection, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that follow from the data: validation once per epoch, and no dealing out of rows by the first process."""
+def _data_defaults(data: DataSection, given: Mapping[str, Any], *, rows_of_pairs: bool) -> dict[str, Any]:
+    """Settings that follow from the data: validation once per epoch, and no dealing out of rows by the first process.
+
+    Validation takes as many pairs or conversations at a time as training, or 8 where training counts rows of pairs.
+    """
     settings: dict[str, Any] = {}
     if data.validation_fraction:
         settings["eval_strategy"] = "epoch"
-        settings["per_device_eval_batch_size"] = given.get("per_device_train_batch_size", 8)
+        settings["per_device_eval_batch_size"] = 8 if rows_of_pairs else given.get("per_device_train_batch_size", 8)
     if data.streaming:
         # Accelerate's default for streams sends parts of batches, and a packed batch has no parts.
         settings["accelerator_config"] = {"dispatch_batches": False}
@@ -184,6 +197,23 @@ def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None
         raise RecipeError(
             "dpo.trainer.accelerator_config.dispatch_batches is true, which would separate chosen from rejected; "
             "remove it"
+        )
+
+
+def _refuse_with_rows(settings: dict[str, Any]) -> None:
+    """Raises for settings of DPO that rows of several pairs would change the meaning of."""
+    losses = settings.get("loss_type", [])
+    in_batch = sorted(IN_BATCH_LOSSES.intersection([losses] if isinstance(losses, str) else losses))
+    if in_batch:
+        raise RecipeError(
+            f"dpo.trainer.loss_type is {in_batch[0]}, which is computed over a whole batch, and with dpo.row_tokens batches "
+            "differ in their number of pairs; remove dpo.row_tokens, or choose another loss"
+        )
+    strategy = settings.get("train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise RecipeError(
+            f"dpo.trainer.train_sampling_strategy is {strategy}, and dpo.row_tokens makes rows of equal length already; "
+            "remove one of the two"
         )
 
 

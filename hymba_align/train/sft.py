@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
+import torch.nn.functional as F
 from datasets import Dataset
+from torch import Tensor, nn
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from hymba_align.data.packing import add_labels, pack, packing_report
+from hymba_align.data.packing import NOT_TRAINED, add_labels, pack, packing_report
 from hymba_align.recipe import Recipe
 from hymba_align.train.common import (
     SparesRecurrence,
@@ -26,7 +29,34 @@ from hymba_align.train.settings import settings_refused_by_trl, stage_section, t
 
 
 class HymbaSFTTrainer(SparesRecurrence, SFTTrainer):
-    """TRL's trainer as it is, except for which parameters weight decay spares."""
+    """TRL's trainer, except for which parameters weight decay spares and that only labelled positions get logits."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """TRL's loss and metrics. The model hands its loss the hidden states of labelled positions alone.
+
+        TRL leaves the others out by itself on devices that Triton runs on, and scores every position elsewhere.
+        """
+        if not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+            inputs = {**inputs, **labelled_positions(inputs["labels"])}
+        loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss
+
+
+def labelled_positions(labels: Tensor) -> dict[str, Tensor]:
+    """Which positions predict a label and what: `positions_to_keep` (n,) of the flattened batch, `shift_labels` (1, n).
+
+    Args:
+        labels: (B, T), -100 where nothing is trained on and at the start of every document.
+    """
+    labelled = labels[:, 1:] != NOT_TRAINED
+    positions = F.pad(labelled, (0, 1)).flatten().nonzero().flatten()
+    return {"positions_to_keep": positions, "shift_labels": labels[:, 1:][labelled][None]}
 
 
 @quiet_libraries()

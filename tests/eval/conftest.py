@@ -12,7 +12,9 @@ import torch
 
 from hymba_align.checkpoint import base_config
 from hymba_align.data.template import load_tokenizer
+from hymba_align.eval import harness
 from hymba_align.model import HymbaConfig, HymbaForCausalLM
+from hymba_align.model.decoding import Decoded
 from hymba_align.recipe import BaseSection, EvalSection, GSM8KSection
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,20 +22,30 @@ SHIPPED = ROOT / "data" / "arithmetic"
 
 
 class LookUp(HymbaForCausalLM):
-    """Answers the last question of a prompt by `answers[question]`; keeps every batch of prompts that it was given."""
+    """Answers the last question of a prompt by `answers[question]`; keeps what it was asked to generate."""
 
     answers: Callable[[str], str]
     tokenizer: Any
+    given: list[tuple[list[list[int]], dict[str, Any]]]
+    """Prompts and settings of every call"""
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
-        self.given.append((input_ids, attention_mask, settings))
-        replies = []
-        for row, mask in zip(input_ids, attention_mask, strict=True):
-            asked = self.tokenizer.decode(row[mask.bool()]).split("Question: ")[-1].split("\nAnswer:")[0]
-            replies.append(self.tokenizer.encode(self.answers(asked), add_special_tokens=False))
-        width = max(map(len, replies))
-        padded = [reply + [self.tokenizer.pad_token_id] * (width - len(reply)) for reply in replies]
-        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+    def decode(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        stop: Callable[[list[int]], bool],
+        **settings: Any,
+    ) -> list[Decoded]:
+        """As `model.decoding.decode`, token by token, with the answers looked up."""
+        self.given.append((prompts, {"max_new_tokens": max_new_tokens, **settings}))
+        decoded = []
+        for prompt in prompts:
+            asked = self.tokenizer.decode(prompt).split("Question: ")[-1].split("\nAnswer:")[0]
+            reply = self.tokenizer.encode(self.answers(asked), add_special_tokens=False)[:max_new_tokens]
+            end = next((count for count in range(1, len(reply) + 1) if stop(reply[:count])), None)
+            decoded.append(Decoded(reply[:end], ended=end is not None))
+        return decoded
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +65,11 @@ def model(config: HymbaConfig) -> HymbaForCausalLM:
 
 
 @pytest.fixture
-def look_up(tokenizer: Any, config: HymbaConfig) -> Callable[[Callable[[str], str]], LookUp]:
+def look_up(
+    tokenizer: Any, config: HymbaConfig, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[str], str]], LookUp]:
+    monkeypatch.setattr(harness, "decode", lambda model, prompts, **settings: model.decode(prompts, **settings))
+
     def make(answers: Callable[[str], str]) -> LookUp:
         model = LookUp(config).eval()
         model.answers, model.tokenizer, model.given = answers, tokenizer, []

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hymba_align.model import HymbaConfig, HymbaForCausalLM, SegmentTree, attention
+from hymba_align.model.kernels.choice import VARIABLE
 
 LOGITS = {"atol": 5e-5, "rtol": 0}  # float32, observed 1.4e-5
 GRADIENTS = 1e-4  # relative in norm, each parameter; observed 2e-5
@@ -50,20 +51,25 @@ def trees(draw: st.DrawFn) -> SegmentTree:
     return SegmentTree(lengths, [draw(st.integers(-1, index - 1)) for index in range(len(lengths))])
 
 
+TORCH = "scan=torch,conv=torch,attention=sdpa,norm=torch"
+BACKENDS = {"default": ("", 512), "torch": (TORCH, 512), "torch, in blocks of 4 queries": (TORCH, 4)}
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
 @contextmanager
-def queries_per_block(block: int) -> Iterator[None]:
-    """Attends segments whole (512) or in many blocks (4)."""
+def running_on(backend: str) -> Iterator[None]:
+    """Chooses the kernels, and how many queries of a segment torch attends at a time."""
+    wanted, block = BACKENDS[backend]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, wanted)
         patch.setattr(attention, "QUERY_BLOCK", block)
         yield
 
 
-BLOCKS = st.sampled_from([4, 512])
-
-
-@settings(max_examples=25, deadline=None)
-@given(block=BLOCKS, tree=trees(), window=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99))
-def test_every_segment_equals_its_path_run_alone(block: int, tree: SegmentTree, window: int, seed: int) -> None:
+@on_every_backend
+@settings(max_examples=12, deadline=None)
+@given(tree=trees(), window=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99))
+def test_every_segment_equals_its_path_run_alone(backend: str, tree: SegmentTree, window: int, seed: int) -> None:
     model = MODELS[window].eval()
     ids = torch.randint(0, 61, (tree.num_tokens,), generator=torch.Generator().manual_seed(seed))
     weights = torch.randn(tree.num_tokens, 61, generator=torch.Generator().manual_seed(seed + 1))
@@ -71,7 +77,7 @@ def test_every_segment_equals_its_path_run_alone(block: int, tree: SegmentTree, 
         slice(start, start + length) for start, length in zip(tree.offsets.tolist(), tree.lengths.tolist(), strict=True)
     ]
 
-    with queries_per_block(block):
+    with running_on(backend):
         logits = model(ids[None], segments=tree).logits[0]
     found = gradients(model, (logits * weights).sum())
 
@@ -85,9 +91,12 @@ def test_every_segment_equals_its_path_run_alone(block: int, tree: SegmentTree, 
         assert (found[name] - expected).norm() <= GRADIENTS * expected.norm(), name
 
 
-@settings(max_examples=15, deadline=None)
-@given(block=BLOCKS, tree=trees(), window=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99))
-def test_a_token_changes_nothing_outside_its_own_subtree(block: int, tree: SegmentTree, window: int, seed: int) -> None:
+@on_every_backend
+@settings(max_examples=8, deadline=None)
+@given(tree=trees(), window=st.sampled_from(sorted(MODELS)), seed=st.integers(0, 99))
+def test_a_token_changes_nothing_outside_its_own_subtree(
+    backend: str, tree: SegmentTree, window: int, seed: int
+) -> None:
     model = MODELS[window].eval()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 61, (tree.num_tokens,), generator=generator)
@@ -95,7 +104,7 @@ def test_a_token_changes_nothing_outside_its_own_subtree(block: int, tree: Segme
     token = int(tree.offsets[segment] + torch.randint(0, int(tree.lengths[segment]), (), generator=generator))
     changed = ids.clone()
     changed[token] = (ids[token] + 1) % 61
-    with torch.no_grad(), queries_per_block(block):
+    with torch.no_grad(), running_on(backend):
         before, after = (model(x[None], segments=tree).logits[0] for x in (ids, changed))
     for other in range(tree.num_segments):
         span = slice(int(tree.offsets[other]), int(tree.offsets[other] + tree.lengths[other]))
@@ -106,9 +115,10 @@ def test_a_token_changes_nothing_outside_its_own_subtree(block: int, tree: Segme
         assert torch.equal(before[span], after[span])
 
 
-@settings(max_examples=15, deadline=None)
-@given(block=BLOCKS, lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_any_padding_gives_the_logits_of_each_row_alone(block: int, lengths: list[int], seed: int) -> None:
+@on_every_backend
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_any_padding_gives_the_logits_of_each_row_alone(backend: str, lengths: list[int], seed: int) -> None:
     model = MODELS[6].eval()
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths) + 3
@@ -116,7 +126,7 @@ def test_any_padding_gives_the_logits_of_each_row_alone(block: int, lengths: lis
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):  # holes in the middle too: padding is wherever the mask is 0
         mask[row, torch.randperm(width, generator=generator)[:length]] = 1
-    with torch.no_grad(), queries_per_block(block):
+    with torch.no_grad(), running_on(backend):
         logits = model(ids, attention_mask=mask, use_cache=False).logits
         for row in range(len(lengths)):
             real = mask[row].bool()

@@ -112,7 +112,8 @@ def test_a_shared_preference_prefix_changes_nothing_but_the_work(
         ({"input_ids": tokens(1, 4).repeat(2, 1), "shared_prefix_lengths": torch.tensor([5])}, r"shared_prefix_lengths\[0\] is 5, but its rows have 4 and 4"),
         ({"input_ids": torch.tensor([[1, 2], [1, 3]]), "shared_prefix_lengths": torch.tensor([2])}, "the first 2 tokens of its two rows differ"),
         ({"input_ids": tokens(1, 4), "output_attentions": True}, "Hymba returns no attention weights"),
-        ({"input_ids": tokens(1, 4), "segments": SegmentTree.from_lengths([2, 2]), "use_cache": True}, "a cache holds one sequence per row"),
+        ({"input_ids": tokens(1, 4).repeat(2, 1), "shared_prefix_lengths": torch.tensor([2]), "use_cache": True}, "a cache holds whole sequences"),
+        ({"input_ids": tokens(1, 4), "cache_segments": torch.tensor([1]), "use_cache": True}, r"cache_segments is \[1\]; it lists one or more of the row's segments, 0 to 0"),
         (
             {"input_ids": tokens(2, 2), "attention_mask": torch.tensor([[1, 1], [0, 0]]), "use_cache": True},
             "no real token in row 1; every sequence needs one",

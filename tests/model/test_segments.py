@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hymba_align.model import SegmentTree
+from hymba_align.model.segments import share_prefixes
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,52 @@ def test_positions_that_neither_continue_nor_restart_are_refused() -> None:
 def test_impossible_cumulative_lengths_are_refused(cu_seq_lens: list[int]) -> None:
     with pytest.raises(ValueError, match=r"cu_seq_lens|lengths\[1\] is 0"):
         SegmentTree.from_cu_seq_lens(torch.tensor(cu_seq_lens))
+
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12)  # much in common
+
+
+@given(sequences=SEQUENCES)
+def test_every_path_spells_its_sequence_and_every_prefix_is_there_once(sequences: list[list[int]]) -> None:
+    shared = share_prefixes(sequences)
+    for number, sequence in enumerate(sequences):
+        places = shared.tokens_of(number)
+        assert shared.token_ids[places].tolist() == sequence
+        before = shared.tree.predecessors()[places].tolist()
+        assert before == [-1, *places.tolist()[:-1]]
+        end = int(shared.ends[number])
+        assert int(places[-1]) == int(shared.tree.offsets[end] + shared.tree.lengths[end]) - 1
+    prefixes = {tuple(sequence[: n + 1]) for sequence in sequences for n in range(len(sequence))}
+    assert shared.tree.num_tokens == len(shared.token_ids) == len(prefixes)
+
+
+@given(sequences=SEQUENCES)
+def test_segments_are_cut_only_where_something_ends_or_parts(sequences: list[list[int]]) -> None:
+    tree = (shared := share_prefixes(sequences)).tree
+    children = torch.bincount(tree.parents + 1, minlength=tree.num_segments + 1)[1:]
+    for segment in range(tree.num_segments):
+        assert children[segment] != 1 or segment in shared.ends
+        assert children[segment] > 0 or segment in shared.ends
+
+
+def test_shots_questions_and_choices_become_three_levels() -> None:
+    shots, questions = [900, 901, 902], [[70000, 5], [6, 7]]
+    sequences = [[*shots, *question, choice] for question in questions for choice in (1, 300)]
+    shared = share_prefixes([torch.tensor(sequence, dtype=torch.int32) for sequence in sequences])
+    assert shared.token_ids.tolist() == [900, 901, 902, 6, 7, 1, 300, 70000, 5, 1, 300]
+    assert repr(shared.tree) == "SegmentTree(lengths=[3, 2, 1, 1, 2, 1, 1], parents=[-1, 0, 1, 1, 0, 4, 4])"
+    assert shared.ends.tolist() == [5, 6, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([], "no sequences; a row has at least one"),
+        ([[1], []], r"sequences\[1\] is empty; it needs at least 1 token"),
+        ([[1, -100]], r"sequences\[0\] holds -100; token ids are not negative"),
+        ([[1], [0.5]], r"sequences\[1\] has dtype torch.float32; it must hold integers"),
+    ],
+)
+def test_sequences_that_no_tree_can_hold_are_refused(sequences: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        share_prefixes(sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hymba_align.data.prepare import prepare_preferences, prepare_sft
 from hymba_align.train.common import load_start, load_start_tokenizer, quiet_libraries
+from hymba_align.train.dpo_trainer import HymbaDPOTrainer
+from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import trainer_arguments
 from hymba_align.train.sft import training_rows
 
@@ -87,6 +90,24 @@ def test_dpo_takes_the_model_without_its_adapter_as_reference(
     assert logged[0]["rewards/chosen"] == logged[0]["rewards/rejected"] == 0  # an adapter starts as no change
     assert logged[0]["loss"] == pytest.approx(0.6931472, abs=1e-7)
     assert max(abs(record["rewards/margins"]) for record in logged) > 0.1  # it has moved, its reference has not
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_this_projects_trainer_trains_an_adapter_as_trls_does(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precompute: bool
+) -> None:
+    recipe = make_recipe(rows=8, **SETTINGS, precompute_ref_log_probs=precompute)
+    losses = []
+    for trainer_class in (DPOTrainer, HymbaDPOTrainer):
+        collator = PairCollator(pad_token_id=load_start_tokenizer(recipe, None).pad_token_id, max_length=256)
+        built = partial(trainer_class, data_collator=collator)
+        monkeypatch.setitem(STAGES, "dpo", (built, DPOConfig, prepare_preferences))
+        torch.manual_seed(0)  # the adapter's start
+        trainer = build_trainer("dpo", recipe, tmp_path / trainer_class.__name__)
+        trainer.train()
+        losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6, rel=0)  # float32 on the CPU; observed 0
+    assert len(set(losses[0])) == len(losses[0]) == 8
 
 
 def test_a_saved_adapter_gives_the_logits_that_it_was_saved_with(make_recipe: Any, tmp_path: Path) -> None:

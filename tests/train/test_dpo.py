@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, quiet_libraries
-from hymba_align.train.dpo import HymbaDPOTrainer, SharedPrefixCollator, train_dpo
+from hymba_align.train.dpo import train_dpo
+from hymba_align.train.dpo_trainer import HymbaDPOTrainer, ScoresLabels
+from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import trainer_arguments
 
 PAIR = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]}
@@ -30,7 +34,7 @@ def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTra
     assert recipe.dpo is not None
     tokenizer = load_start_tokenizer(recipe, None)
     prepared = prepare_preferences(recipe.data, tokenizer, recipe.dpo.max_length, seed=recipe.seed)
-    collator = SharedPrefixCollator(pad_token_id=tokenizer.pad_token_id, max_length=recipe.dpo.max_length)
+    collator = PairCollator(pad_token_id=tokenizer.pad_token_id, max_length=recipe.dpo.max_length)
     return DPOTrainer(
         model=load_start(recipe, None, tokenizer),
         args=trainer_arguments(recipe, "dpo", DPOConfig, folder),
@@ -40,9 +44,72 @@ def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTra
     )
 
 
-def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
+def test_what_differs_from_trls_trainer_is_this_and_nothing_else() -> None:
     assert HymbaDPOTrainer.__mro__[:3] == (HymbaDPOTrainer, SparesRecurrence, DPOTrainer)
-    assert {name for name in vars(HymbaDPOTrainer) if not name.startswith("__")} == set()
+    overridden = {name for name in vars(HymbaDPOTrainer) if hasattr(DPOTrainer, name) and not name.startswith("__")}
+    assert overridden == {
+        "loss_is_scaled_for_ga",  # the mean over the pairs of a step
+        "_get_num_items_in_batch",
+        "compute_loss",
+        "_compute_loss",  # logits for labels only; metrics of unequal numbers of pairs
+        "log",
+        "_precompute_ref_logps",  # the cache
+        "_get_train_sampler",  # batches of equal tokens
+        "_set_signature_columns_if_needed",  # lengths for samplers
+    }
+
+
+def test_logits_are_computed_for_labelled_positions_only_and_the_outputs_are_trls_own(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    trainer = build_trainer(make_recipe(rows=3, per_device_train_batch_size=3), tmp_path, share_prefix=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "shared_prefix_lengths")}
+    scored: list[int] = []
+    trainer.model.model.register_forward_hook(lambda *given: scored.append(given[2].last_hidden_state.shape[1]))
+    whole = trainer.model(**inputs, labels=labels, fused_lm_head=True)
+    labelled = ScoresLabels(trainer.model)(**inputs, labels=labels, fused_lm_head=True)
+    assert scored == [labels.shape[1], int((labels[:, 1:] != -100).sum())]
+    assert labelled.keys() == whole.keys() >= {"log_probs", "entropy", "mean_logits", "is_top1"}
+    for name, expected in whole.items():
+        # float32 on the CPU, log-probabilities up to 7
+        assert_close(labelled[name], expected, atol=2e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_a_stage_scores_labelled_positions_only(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precompute: bool
+) -> None:
+    scored: list[int] = []
+
+    def load_watching(*given: Any) -> Any:
+        model = load_start(*given)
+        if not policies:
+            model.model.register_forward_hook(lambda *made: scored.append(made[2].last_hidden_state.shape[1]))
+        policies.append(model)
+        return model
+
+    policies: list[Any] = []
+    monkeypatch.setattr(dpo_module, "load_start", load_watching)
+    recipe = make_recipe(rows=4, per_device_train_batch_size=4, precompute_ref_log_probs=precompute)
+    train_dpo(recipe, None, tmp_path / "dpo")
+    (trained,) = {
+        source["trained_tokens"] for source in json.loads((tmp_path / "dpo" / "data.json").read_text())["sources"]
+    }
+    assert scored == [trained] * (2 if precompute else 1)  # the pass for the reference, and training
+
+
+def test_padded_embeddings_are_free_before_the_layers_start(make_recipe: Any, tmp_path: Path) -> None:
+    trainer = build_trainer(make_recipe(rows=3, per_device_train_batch_size=3), tmp_path, share_prefix=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    embeddings: list[Any] = []
+    alive: list[bool] = []
+    hymba = trainer.model.model
+    hymba.embed_tokens.register_forward_hook(lambda *made: embeddings.append(weakref.ref(made[2])))
+    hymba.layers[0].register_forward_pre_hook(lambda *_: alive.append(embeddings[-1]() is not None))
+    trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "shared_prefix_lengths")})
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +125,7 @@ def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
 def test_the_shared_length_is_the_prompt_that_truncation_leaves_to_both(
     max_length: int | None, truncation_mode: str, shared: int
 ) -> None:
-    collator = SharedPrefixCollator(pad_token_id=0, max_length=max_length, truncation_mode=truncation_mode)
+    collator = PairCollator(pad_token_id=0, max_length=max_length, truncation_mode=truncation_mode)
     batch = collator([PAIR])
     assert batch["shared_prefix_lengths"].tolist() == [shared]
     assert batch["shared_prefix_lengths"].dtype == torch.int64
@@ -68,7 +135,7 @@ def test_the_shared_length_is_the_prompt_that_truncation_leaves_to_both(
 
 def test_equal_cuts_at_the_start_leave_the_rest_of_the_prompt_shared() -> None:
     pair = {**PAIR, "rejected_ids": [8, 9, 10]}
-    batch = SharedPrefixCollator(pad_token_id=0, max_length=5, truncation_mode="keep_end")([pair, pair])
+    batch = PairCollator(pad_token_id=0, max_length=5, truncation_mode="keep_end")([pair, pair])
     assert batch["shared_prefix_lengths"].tolist() == [2, 2]
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7]] * 2 + [[3, 4, 8, 9, 10]] * 2
 
@@ -122,6 +189,8 @@ def test_sharing_the_prompt_changes_neither_losses_nor_rewards_nor_gradients(mak
 def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
     data_rows: Any, make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import datasets
+
     seen: list[int] = []
 
     def load_counting(*given: Any) -> Any:
@@ -133,6 +202,7 @@ def test_a_stage_computes_each_pairs_prompt_once_unless_told_otherwise(
     tokens = []
     for share_prefix in (True, False):
         seen.clear()
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"cache {share_prefix}")
         recipe = make_recipe(rows=6, share_prefix=share_prefix, activation_checkpointing=False)
         train_dpo(recipe, None, tmp_path / str(share_prefix))
         tokens.append(sum(seen))

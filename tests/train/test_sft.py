@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -26,10 +28,16 @@ from hymba_align.recipe import Recipe
 from hymba_align.train import sft as sft_module
 from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, remove_checkpoints
 from hymba_align.train.settings import trainer_arguments
-from hymba_align.train.sft import HymbaSFTTrainer, check_nothing_lost, train_sft, training_rows
+from hymba_align.train.sft import (
+    HymbaSFTTrainer,
+    check_nothing_lost,
+    labelled_positions,
+    train_sft,
+    training_rows,
+)
 
 
-def build_trainer(recipe: Recipe, folder: Path) -> tuple[HymbaSFTTrainer, Dataset]:
+def build_trainer(recipe: Recipe, folder: Path, *, packing: bool = True) -> tuple[HymbaSFTTrainer, Dataset]:
     """The trainer that `train_sft` builds, before it trains."""
     assert recipe.data is not None
     assert recipe.sft is not None
@@ -38,16 +46,85 @@ def build_trainer(recipe: Recipe, folder: Path) -> tuple[HymbaSFTTrainer, Datase
     trainer = HymbaSFTTrainer(
         model=load_start(recipe, None, tokenizer),
         args=trainer_arguments(recipe, "sft", SFTConfig, folder),
-        train_dataset=training_rows(prepared.dataset, max_length=recipe.sft.max_length, packing=True),
+        train_dataset=training_rows(prepared.dataset, max_length=recipe.sft.max_length, packing=packing),
         processing_class=tokenizer,
     )
     return trainer, prepared.dataset
 
 
-def test_the_trainer_is_trls_own_but_for_weight_decay() -> None:
+def test_the_trainer_is_trls_own_but_for_weight_decay_and_which_positions_get_logits() -> None:
     assert HymbaSFTTrainer.__mro__[:3] == (HymbaSFTTrainer, SparesRecurrence, SFTTrainer)
     own = {name for cls in (HymbaSFTTrainer, SparesRecurrence) for name in vars(cls) if not name.startswith("__")}
-    assert own == {"get_decay_parameter_names"}
+    assert own == {"get_decay_parameter_names", "compute_loss"}
+
+
+def first_step(trainer: SFTTrainer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
+    """Loss, gradients and metrics of one batch, whose labels TRL counts as it does in training."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+    metrics, trainer._metrics["train"] = dict(trainer._metrics["train"]), defaultdict(list)
+    return loss.detach(), gradients, metrics
+
+
+@pytest.mark.parametrize(("packing", "rows"), [(True, 6), (True, 3), (False, 4)])
+def test_only_labelled_positions_get_logits_and_nothing_else_changes(
+    make_recipe: Any, tmp_path: Path, packing: bool, rows: int
+) -> None:
+    recipe = make_recipe(rows=rows, per_device_train_batch_size=4, packing=packing)
+    ours, _ = build_trainer(recipe, tmp_path, packing=packing)
+    stock = SFTTrainer(
+        model=ours.model,
+        args=ours.args,
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+    )
+    batch = next(iter(stock.get_train_dataloader()))
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert 0 < labelled < batch["labels"].numel() / 2
+
+    normed: list[int] = []
+    ours.model.model.register_forward_hook(lambda *given: normed.append(given[-1].last_hidden_state.shape[1]))
+    loss, gradients, metrics = first_step(ours, batch)
+    stock_loss, stock_gradients, stock_metrics = first_step(stock, batch)
+    assert normed == [labelled, batch["labels"].shape[1]]
+
+    # float32 on the CPU
+    assert_close(loss, stock_loss, atol=0, rtol=3e-7)  # observed 1.4e-7: two neighbouring numbers
+    assert metrics.keys() == stock_metrics.keys() >= {"entropy", "mean_token_accuracy", "num_tokens"}
+    for key, value in stock_metrics.items():
+        assert metrics[key] == pytest.approx(value, abs=1e-6), key
+    for name, gradient in stock_gradients.items():
+        # observed 3e-8 of gradients up to 0.27
+        assert_close(gradients[name], gradient, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_batch_without_labels_trains_nothing_and_does_not_fail(make_recipe: Any, tmp_path: Path) -> None:
+    trainer, _ = build_trainer(make_recipe(rows=4), tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, gradients, _ = first_step(trainer, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    assert loss == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+def test_label_smoothing_still_gets_every_logit(make_recipe: Any, tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="label_smoothing_factor"):
+        trainer, _ = build_trainer(make_recipe(rows=4, label_smoothing_factor=0.1), tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen: list[int] = []
+    trainer.model.lm_head.register_forward_hook(lambda *given: seen.append(given[-1].shape[1]))
+    first_step(trainer, batch)
+    assert seen == [batch["labels"].shape[1]]
+
+
+def test_labelled_positions_are_those_before_a_label_counted_through_the_batch() -> None:
+    labels = torch.tensor([[-100, 7, 8, -100], [5, -100, -100, 9]])  # a row's first token is predicted by nothing
+    found = labelled_positions(labels)
+    assert found["positions_to_keep"].tolist() == [0, 1, 6]
+    assert found["shift_labels"].tolist() == [[7, 8, 9]]
 
 
 def test_packed_rows_hold_every_conversation_whole_and_train_only_its_assistant_tokens(

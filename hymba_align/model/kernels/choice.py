@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hymba_align.errors import KernelError
 
@@ -33,13 +35,19 @@ BACKENDS: dict[str, dict[str, str]] = {
     },
     "conv": {
         "torch": "hymba_align.model.kernels.conv:GatherConv",
+        "native": "hymba_align.model.kernels.native_conv:NativeConv",
         "triton": "hymba_align.model.kernels.triton_conv:TritonConv",
         "causal-conv1d": "hymba_align.model.kernels.causal_conv1d:LibraryConv",
     },
     "attention": {
         "sdpa": "hymba_align.model.attention:TreeAttention",
+        "native": "hymba_align.model.kernels.native_attention:NativeAttention",
         "flex": "hymba_align.model.flex:FlexTreeAttention",
         "flash-attn": "hymba_align.model.flash:FlashTreeAttention",
+    },
+    "norm": {
+        "torch": "hymba_align.model.kernels.norm:rms_norm",
+        "native": "hymba_align.model.kernels.native_norm:rms_norm",
     },
     "scan_step": {
         "torch": "hymba_align.model.kernels.step:ScanStep",
@@ -47,15 +55,27 @@ BACKENDS: dict[str, dict[str, str]] = {
     },
     "conv_step": {
         "torch": "hymba_align.model.kernels.step:ConvStep",
-        "causal-conv1d": "hymba_align.model.kernels.cuda_step:LibraryConvStep",
+        "causal-conv1d": "hymba_align.model.kernels.causal_conv1d:LibraryConvStep",
     },
 }
 # The first that can run is the default. Libraries are not among them: none has been measured to be faster yet.
 DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"scan": ("torch",), "conv": ("torch",), "attention": ("sdpa",)},
+    "cpu": {
+        "scan": ("native", "torch"),
+        "conv": ("native", "torch"),
+        "attention": ("native", "sdpa"),
+        "norm": ("native", "torch"),
+    },
     "cuda": {"scan": ("triton", "torch"), "conv": ("triton", "torch"), "attention": ("flex", "sdpa")},
 }
-PLAIN = {"scan": "torch", "conv": "torch", "attention": "sdpa", "scan_step": "torch", "conv_step": "torch"}
+PLAIN = {
+    "scan": "torch",
+    "conv": "torch",
+    "attention": "sdpa",
+    "norm": "torch",
+    "scan_step": "torch",
+    "conv_step": "torch",
+}
 """What runs on any device and in float64."""
 
 logger = logging.getLogger(__name__)
@@ -76,6 +96,7 @@ class Kernels:
     scan: str
     conv: str
     attention: str
+    norm: str
     scan_step: str
     conv_step: str
 
@@ -90,6 +111,10 @@ class Kernels:
     @property
     def attention_row(self) -> type[TreeAttentionRow]:
         return _load("attention", self.attention)
+
+    @cached_property  # asked for by every norm of every layer
+    def rms_norm(self) -> Callable[[Tensor, Tensor, float], Tensor]:
+        return _load("norm", self.norm)
 
     @property
     def scan_step_row(self) -> type[ScanRow]:

@@ -1,0 +1,82 @@
+"""What docs/performance.md shows is true: its snippets run, its tables are the committed ones, its kernels are the defaults."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import collect
+import pytest
+import torch
+
+from hymba_align.data.template import load_tokenizer
+from hymba_align.model import HymbaForCausalLM
+from hymba_align.model.decoding import Decoded
+from hymba_align.model.kernels import choice
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+
+
+def test_the_snippets_run_one_after_another(small_model: HymbaForCausalLM) -> None:
+    names = {
+        "model": small_model.eval(),
+        "tokenizer": load_tokenizer("data/arithmetic/tokenizer"),
+        "prompts": [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]],
+        "contexts": [[5, 6, 7], [5, 6, 7]],
+        "continuations": [[8, 9], [10]],
+        "row": torch.arange(5, 17)[None],
+    }
+    snippets = blocks("python")
+    for snippet in snippets:
+        exec(snippet, names)  # our own document, not a model's output
+    assert len(snippets) == 3
+    assert all(isinstance(answer, Decoded) for answer in names["answers"])
+    assert names["best"] in (0, 1)
+    assert names["output"].past_key_values.lengths.tolist() == [8, 9]
+
+
+def test_the_commands_run() -> None:
+    for line in "".join(blocks("bash")).splitlines():
+        variable, *words = shlex.split(line)
+        name, _, value = variable.partition("=")
+        command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+        subprocess.run(command, env={**os.environ, name: value}, check=True, capture_output=True)
+
+
+def test_the_tables_are_the_committed_ones() -> None:
+    assert collect.collected(DOCUMENT) == DOCUMENT, "run: python benchmarks/collect.py"
+    for name in collect.TABLES:
+        assert f"](../benchmarks/{name}.md)" in DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ("selective scan", "scan"),
+        ("convolution", "conv"),
+        ("attention", "attention"),
+        ("RMS norm", "norm"),
+        ("one step of the scan, in generation", "scan_step"),
+        ("one step of the convolution", "conv_step"),
+    ],
+)
+def test_the_kernels_that_the_document_names_are_the_defaults(row: str, part: str) -> None:
+    cells = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| {row} |")).split("|")[2:5]
+    shown = [re.findall(r"`([\w-]+)`", cell) for cell in cells]
+    defaults = [list(choice.DEFAULTS[device].get(part, (choice.PLAIN[part],))) for device in ("cpu", "cuda")]
+    assert shown[:2] == defaults
+    assert set(shown[2]) == set(choice.BACKENDS[part]) - {name for names in defaults for name in names}
+
+
+def test_the_document_links_to_files_that_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", DOCUMENT):
+        assert (ROOT / "docs" / target).exists(), target
