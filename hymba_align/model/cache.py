@@ -19,8 +19,6 @@ from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.key_values import KeyValues, NewTokens, Places
 from hymba_align.model.segments import SegmentTree
 
-__all__ = ["HymbaCache", "HymbaLayerState", "KeyValues", "LayerUpdate"]
-
 
 @dataclass
 class HymbaLayerState:

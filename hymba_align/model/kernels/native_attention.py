@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_align.model.attention import SkipsQueries
-from hymba_align.model.cache import KeyValues
+from hymba_align.model.key_values import KeyValues
 from hymba_align.model.kernels import native
 from hymba_align.model.kernels.native import Rows, pointer, token_rows
 
