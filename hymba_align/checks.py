@@ -53,6 +53,9 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
         gsm8k = resolved_eval(recipe).gsm8k
         _check_exists("eval.gsm8k.test_path", gsm8k.test_path)
         _check_exists("eval.gsm8k.train_path", gsm8k.train_path)
+    from hymba_align.model.kernels.choice import check_request
+
+    check_request()
     tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
     context = _checked_context(recipe, tokenizer)
     _check_lengths(recipe, context, scores=scores)
@@ -123,13 +126,14 @@ def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None
 
 
 def _check_accelerate_config(path: str) -> None:
+    import yaml
     from accelerate.commands.config.config_args import load_config_from_file
 
     if not Path(path).is_file():
         raise RecipeError(f"launch.accelerate_config is {path}, which does not exist; accelerate_configs/ holds some")
     try:
         config = load_config_from_file(path)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"launch.accelerate_config {path} is not an accelerate configuration: {reason}") from error
     if config.num_machines > 1 and not inside_launcher():

@@ -8,13 +8,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import collect
 import pytest
-import torch
 
 from hymba_align.data.template import load_tokenizer
-from hymba_align.model import HymbaForCausalLM
+from hymba_align.model import HymbaConfig, HymbaForCausalLM
 from hymba_align.model.decoding import Decoded
 from hymba_align.model.kernels import choice
 
@@ -26,22 +26,21 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 
 
-def test_the_snippets_run_one_after_another(small_model: HymbaForCausalLM) -> None:
-    names = {
-        "model": small_model.eval(),
-        "tokenizer": load_tokenizer("data/arithmetic/tokenizer"),
-        "prompts": [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]],
-        "contexts": [[5, 6, 7], [5, 6, 7]],
-        "continuations": [[8, 9], [10]],
-        "row": torch.arange(5, 17)[None],
+def test_the_snippets_run_one_after_another(small_config: HymbaConfig) -> None:
+    tokenizer = load_tokenizer("data/arithmetic/tokenizer")
+    small_config.vocab_size = len(tokenizer)
+    names: dict[str, Any] = {
+        "model": HymbaForCausalLM(small_config).eval(),
+        "tokenizer": tokenizer,
     }
     snippets = blocks("python")
     for snippet in snippets:
         exec(snippet, names)  # our own document, not a model's output
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     assert all(isinstance(answer, Decoded) for answer in names["answers"])
-    assert names["best"] in (0, 1)
-    assert names["output"].past_key_values.lengths.tolist() == [8, 9]
+    assert names["best"] in range(4)
+    question, *answers = names["tree"].lengths.tolist()
+    assert names["output"].past_key_values.lengths.tolist() == [question + answer for answer in answers]
 
 
 def test_the_commands_run() -> None:

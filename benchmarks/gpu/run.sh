@@ -15,7 +15,10 @@ export PYTHONPATH="$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBU
 
 smoke=""
 for argument in "$@"; do
-  [[ $argument == --smoke ]] && smoke=yes
+  case $argument in
+    --smoke) smoke=yes ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
+  esac
 done
 
 if [[ -z $smoke && ! -e /dev/nvidiactl ]] && ! nvidia-smi --list-gpus >/dev/null 2>&1; then

@@ -26,7 +26,9 @@ def evaluate(
     from hymba_align.checkpoint import check_is_hymba, load_model
     from hymba_align.data.template import load_tokenizer
     from hymba_align.eval.gsm8k import score_gsm8k
+    from hymba_align.model.kernels.choice import check_request
 
+    check_request()
     check_is_hymba(checkpoint, None)  # before the tokenizer, whose absence would hide it
     cuda = torch.cuda.is_available()
     tokenizer = load_tokenizer(str(checkpoint), chat_template=chat_template)

@@ -12,12 +12,15 @@ B rows, V vocabulary.
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -25,6 +28,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 from hymba_align.model.cache import HymbaCache
 from hymba_align.model.modeling import HymbaForCausalLM
 from hymba_align.model.segments import common_tokens, share_prefixes
+
+Ids: TypeAlias = Sequence[int] | Tensor | npt.NDArray[np.integer[Any]]
+"""Token ids: a list, a tuple, or a 1-D tensor or array of integers."""
 
 REFILL_SHARE = 8
 """Free rows are refilled once they are this part of the batch, so that several prompts are run together."""
@@ -50,24 +56,33 @@ class Decoded:
 
 
 @torch.no_grad()
-def run_prefix(model: HymbaForCausalLM, tokens: Sequence[int]) -> Prefix:
-    """The meta tokens and `tokens` (which may be empty), run once to start many sequences."""
-    if tokens:
-        ids = torch.tensor([list(tokens)], device=model.device)
-        cache = model.model(input_ids=ids, use_cache=True).past_key_values
+def run_prefix(model: HymbaForCausalLM, tokens: Ids) -> Prefix:
+    """The meta tokens and `tokens` (which may be empty), run once to start many sequences.
+
+    Raises:
+        ValueError: what is no sequence of the model's token ids, or more than its `max_position_embeddings`.
+    """
+    ids = token_ids(tokens, "run_prefix: tokens", model.config.vocab_size)
+    if len(ids) > (context := model.config.max_position_embeddings):
+        raise ValueError(
+            f"run_prefix: tokens has {len(ids)} entries, but the model's context is {context} "
+            "(max_position_embeddings); run a shorter prefix"
+        )
+    if ids:
+        cache = model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=True).past_key_values
     else:
         cache = model.model.meta_cache()
     cache.fold()
-    return Prefix(tuple(tokens), cache)
+    return Prefix(tuple(ids), cache)
 
 
 @torch.no_grad()
 def decode(
     model: HymbaForCausalLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     *,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Collection[int] = (),
+    max_new_tokens: int | Ids,
+    stop_ids: int | Collection[int] | Ids = (),
     stop: Callable[[list[int]], bool] | None = None,
     on_end: Callable[[int], None] | None = None,
     batch_size: int = 32,
@@ -85,7 +100,7 @@ def decode(
         model: a Hymba.
         prompts: token ids, at least one each, as the tokenizer gives them (with its first token, if it has one).
         max_new_tokens: at most so many new tokens, for all prompts or one number per prompt; at least 1.
-        stop_ids: a sequence ends with the first of these that it generates (the end-of-text id goes here).
+        stop_ids: a sequence ends with the first of these, or this one, that it generates (the end-of-text id goes here).
         stop: called with a sequence's new tokens after each one; True ends the sequence (for stop strings: decode the
             tail and look). Not called after a stop id.
         on_end: called with the number of each prompt once its continuation is complete (for progress bars).
@@ -97,28 +112,27 @@ def decode(
         generator: of random numbers for sampling, on the model's device.
 
     Raises:
-        ValueError: an empty prompt, a prompt that does not start with `prefix`, or one that with its new tokens is longer
-            than the model's `max_position_embeddings`; the message names the prompt.
+        ValueError: a prompt that is empty, holds anything but the model's token ids or does not start with `prefix`, or one
+            that with its new tokens is longer than the model's `max_position_embeddings`; the message names the prompt.
     """
-    if batch_size < 1 or prefill_tokens < 1:
-        raise ValueError(
-            f"decode: batch_size is {batch_size}, prefill_tokens {prefill_tokens}; both must be at least 1"
-        )
+    batch_size = as_integer(batch_size, "decode: batch_size", least=1)
+    prefill_tokens = as_integer(prefill_tokens, "decode: prefill_tokens", least=1)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"decode: temperature is {temperature}, top_p {top_p}; they must be at least 0, and above 0 and at most 1"
         )
-    limits = _check_lengths(prompts, max_new_tokens, model.config.max_position_embeddings)
-    if not prompts:
+    asked = token_sequences(prompts, "decode: prompts", model.config.vocab_size)
+    limits = _check_lengths(asked, max_new_tokens, model.config.max_position_embeddings)
+    ending = _Ending.build(stop_ids, stop, on_end)
+    if not asked:
         return []
     if prefix is None:
-        prefix = run_prefix(model, _common_start(prompts))
-    _check_prefix(prompts, prefix)
+        prefix = run_prefix(model, _common_start(asked))
+    _check_prefix(asked, prefix)
     draft = [
-        _Sequence(number, list(prompt[len(prefix.tokens) :]), limit)
-        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        _Sequence(number, prompt[len(prefix.tokens) :], limit)
+        for number, (prompt, limit) in enumerate(zip(asked, limits, strict=True))
     ]
-    ending = _Ending(frozenset(stop_ids), stop, on_end)
     _run(model, prefix, draft, ending, _Sampler.build(temperature, top_p, generator), batch_size, prefill_tokens)
     return [Decoded(one.tokens, one.ended) for one in draft]
 
@@ -143,6 +157,16 @@ class _Ending:
     ids: frozenset[int]
     stop: Callable[[list[int]], bool] | None
     on_end: Callable[[int], None] | None
+
+    @classmethod
+    def build(
+        cls,
+        stop_ids: int | Collection[int] | Ids,
+        stop: Callable[[list[int]], bool] | None,
+        on_end: Callable[[int], None] | None,
+    ) -> _Ending:
+        ids = _one_or_several(list(stop_ids) if isinstance(stop_ids, Set) else stop_ids, "decode: stop_ids")
+        return cls(frozenset([ids] if isinstance(ids, int) else ids), stop, on_end)
 
     def take(self, sequence: _Sequence, token: int) -> bool:
         """Whether the sequence goes on after this new token."""
@@ -246,15 +270,16 @@ def _refill(
             rows[row] = group[number]
 
 
-def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], context: int) -> list[int]:
+def _check_lengths(prompts: list[list[int]], max_new_tokens: int | Ids, context: int) -> list[int]:
     """New tokens that each prompt may get."""
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    given = _one_or_several(max_new_tokens, "decode: max_new_tokens")
+    limits = [given] * len(prompts) if isinstance(given, int) else given
     if len(limits) != len(prompts):
         raise ValueError(
             f"decode: max_new_tokens has {len(limits)} entries for {len(prompts)} prompts; give one of each"
         )
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not len(prompt):
+        if not prompt:
             raise ValueError(f"decode: prompts[{number}] is empty; it needs at least one token, such as the first one")
         if limit < 1:
             raise ValueError(f"decode: max_new_tokens of prompts[{number}] is {limit}; it must be at least 1")
@@ -266,14 +291,16 @@ def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int | Seque
     return limits
 
 
-def _common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+def _common_start(prompts: list[list[int]]) -> list[int]:
     """What all prompts start with, at least one token short of each."""
-    first, last = list(min(prompts, key=list)), list(max(prompts, key=list))
+    first, last = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1
     return first[: min(most, common_tokens(np.array(first), np.array(last)))]
 
 
-def _check_prefix(prompts: Sequence[Sequence[int]], prefix: Prefix) -> None:
+def _check_prefix(prompts: list[list[int]], prefix: object) -> None:
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"decode: prefix is {_shown(prefix)}; give what run_prefix(model, tokens) returns")
     size = len(prefix.tokens)
     for number, prompt in enumerate(prompts):
         if tuple(prompt[:size]) != prefix.tokens:
@@ -282,3 +309,75 @@ def _check_prefix(prompts: Sequence[Sequence[int]], prefix: Prefix) -> None:
             raise ValueError(
                 f"decode: prompts[{number}] is the prefix of {size} tokens and nothing else; run a shorter prefix"
             )
+
+
+# ---- what callers give as token ids and numbers -----------------------------------------------------------------------
+
+
+def token_sequences(sequences: object, name: str, vocabulary: int) -> list[list[int]]:
+    """Token ids of each sequence; see `token_ids`."""
+    if not isinstance(sequences, Sequence) or isinstance(sequences, str | bytes):
+        raise ValueError(
+            f"{name} is {_shown(sequences)}; give a list with one sequence of token ids per entry, unpadded"
+        )
+    return [token_ids(one, f"{name}[{number}]", vocabulary) for number, one in enumerate(sequences)]
+
+
+def token_ids(values: object, name: str, vocabulary: int) -> list[int]:
+    """The ids, from a list, a tuple, or a 1-D tensor or array of integers.
+
+    Args:
+        values: what the caller gave.
+        name: of the values, for the message.
+        vocabulary: token ids of the model, from 0.
+
+    Raises:
+        ValueError: anything else, or an id that the model does not have; the message names the entry.
+    """
+    ids = _integers(values, name)
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        place, bad = next((place, one) for place, one in enumerate(ids) if not 0 <= one < vocabulary)
+        raise ValueError(
+            f"{name}[{place}] is {bad}, but the model's token ids are 0 to {vocabulary - 1}; "
+            "use the model's own tokenizer, and no padding or label values"
+        )
+    return ids
+
+
+def as_integer(value: object, name: str, *, least: int | None = None) -> int:
+    """The number as an int: Python's, numpy's or a tensor's integers, no booleans.
+
+    Raises:
+        ValueError: anything else, or a number below `least`.
+    """
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
+            raise TypeError  # for which Python's and torch's own conversion is too generous
+        number = operator.index(cast(int, value))
+    except TypeError:
+        raise ValueError(f"{name} is {_shown(value)}; it must be an integer") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    return number
+
+
+def _one_or_several(values: object, name: str) -> int | list[int]:
+    several = isinstance(values, Sequence) or (isinstance(values, Tensor | np.ndarray) and values.ndim > 0)
+    return _integers(values, name) if several else as_integer(values, name)
+
+
+def _integers(values: object, name: str) -> list[int]:
+    if isinstance(values, Tensor | np.ndarray) and values.ndim == 1:
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ValueError(f"{name} is {_shown(values)}; give a list, a tuple, or a 1-D tensor or array of integers")
+    if set(map(type, values)) <= {int}:  # long prompts: no loop in Python
+        return list(values)
+    return [as_integer(value, f"{name}[{place}]") for place, value in enumerate(values)]
+
+
+def _shown(value: object) -> str:
+    """The value in a message, on one line."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim:
+        return f"{'a tensor' if isinstance(value, Tensor) else 'an array'} of shape {tuple(value.shape)}"
+    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"

@@ -330,6 +330,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         if labels is not None and not isinstance(keep, int):
             raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if labels is not None and tokens is not None and labels.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} but the input has {tuple(tokens.shape[:2])}; give one per token"
+            )
         if labels is None and not return_logits:
             raise ValueError("return_logits is False but there are no labels; without both there is nothing to compute")
         scored = None

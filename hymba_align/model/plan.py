@@ -36,6 +36,7 @@ class ForwardPlan:
     attention: AttentionRow
 
     @classmethod
+    @torch.compiler.disable  # lists and choices of kernels, nothing that a graph could hold
     def build(
         cls,
         config: HymbaConfig,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_align.model.decoding import Prefix, run_prefix
+from hymba_align.model.decoding import Ids, Prefix, as_integer, run_prefix, token_sequences
 from hymba_align.model.modeling import HymbaForCausalLM
 from hymba_align.model.segments import IdArray, common_tokens, share_prefixes
 
@@ -53,8 +53,8 @@ class _Job:
 
 def score_continuations(
     model: HymbaForCausalLM,
-    contexts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
+    contexts: Sequence[Ids],
+    continuations: Sequence[Ids],
     *,
     tokens_per_row: int,
 ) -> list[Scored]:
@@ -68,7 +68,9 @@ def score_continuations(
             a row of its own.
 
     Raises:
-        ValueError: an empty context or continuation, or not as many of both; the message names the entry.
+        ValueError: a context or continuation that is empty or holds anything but the model's token ids, both together
+            longer than its `max_position_embeddings` (the last token is predicted, not read), or not as many of both; the
+            message names the entry.
     """
     scores: dict[int, Scored] = {}
     for numbers, scored in scored_rows(model, contexts, continuations, tokens_per_row=tokens_per_row):
@@ -78,13 +80,18 @@ def score_continuations(
 
 def scored_rows(
     model: HymbaForCausalLM,
-    contexts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
+    contexts: Sequence[Ids],
+    continuations: Sequence[Ids],
     *,
     tokens_per_row: int,
 ) -> Iterator[tuple[list[int], list[Scored]]]:
     """As `score_continuations`, row by row: the entries of a row and their scores, for progress bars and partial results."""
-    jobs = _jobs(contexts, continuations, tokens_per_row)
+    tokens_per_row = as_integer(tokens_per_row, "tokens_per_row", least=1)
+    before, after = (
+        token_sequences(given, name, model.config.vocab_size)
+        for name, given in (("contexts", contexts), ("continuations", continuations))
+    )
+    jobs = _jobs(before, after, model.config.max_position_embeddings)
     rows, prefix = list(_fill_rows(jobs, tokens_per_row)), None
     if len(rows) > 1:
         prefix = run_prefix(model, _common_start(jobs))
@@ -93,17 +100,21 @@ def scored_rows(
         yield [job.number for job in row], _score_row(model, row, prefix)
 
 
-def _jobs(contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], tokens_per_row: int) -> list[_Job]:
+def _jobs(contexts: list[list[int]], continuations: list[list[int]], most: int) -> list[_Job]:
+    """Sorted, so that contexts that begin alike stand together; none reads more than `most` tokens."""
     if len(contexts) != len(continuations):
         raise ValueError(f"{len(contexts)} contexts but {len(continuations)} continuations; give one of each")
-    if tokens_per_row < 1:
-        raise ValueError(f"tokens_per_row is {tokens_per_row}; a row holds at least 1 token")
     jobs: list[_Job] = []
     for number, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
         for name, tokens in (("contexts", context), ("continuations", continuation)):
-            if not len(tokens):
+            if not tokens:
                 raise ValueError(f"{name}[{number}] is empty; it needs at least 1 token")
         inputs = np.array([*context, *continuation[:-1]], dtype=np.int64)
+        if len(inputs) > most:
+            raise ValueError(
+                f"contexts[{number}] and continuations[{number}] have {len(inputs)} tokens before the last one, but the "
+                f"model's context is {most} (max_position_embeddings); cut the beginning of the context"
+            )
         jobs.append(_Job(number, tuple(context), inputs, tuple(continuation)))
     return sorted(jobs, key=lambda job: (job.context, job.targets))
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from hymba_align.errors import KernelError
+from hymba_align.eval import evaluate
 from hymba_align.model.kernels import choice
 from hymba_align.model.kernels.choice import VARIABLE, choose_kernels
+from hymba_align.pipeline import run_recipe
+from hymba_align.recipe import EvalSection, load_recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,13 +39,14 @@ def backend(monkeypatch: pytest.MonkeyPatch, part: str, name: str, reason: str |
 def test_a_backend_that_cannot_run_is_passed_over_and_that_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend(monkeypatch, "scan", "fast", "fast is not installed: pip install fast")
-    monkeypatch.setitem(choice.DEFAULTS, "cpu", {"scan": ("fast", "torch")})
+    for part in ("scan", "conv"):
+        backend(monkeypatch, part, "fast", "fast is not installed: pip install fast")
+    monkeypatch.setitem(choice.DEFAULTS, "cpu", {"scan": ("fast", "torch"), "conv": ("fast", "torch")})
     with caplog.at_level(logging.WARNING):
         assert choose_kernels(CPU, torch.float32).scan == "torch"
         assert choose_kernels(CPU, torch.bfloat16).scan == "torch"
     assert [record.getMessage() for record in caplog.records] == [
-        "scan runs on the slower backend 'torch': fast is not installed: pip install fast"
+        "scan, conv: slower kernels run in plain torch; fast is not installed: pip install fast"
     ]
 
 
@@ -74,8 +79,12 @@ def test_a_backend_asked_for_that_cannot_run_is_an_error_and_no_fallback(monkeyp
     ("wanted", "message"),
     [
         ("sacn=torch", "HYMBA_ALIGN_KERNELS has 'sacn=torch'; write PART=BACKEND, where PART is one of scan, conv,"),
-        ("scan", "HYMBA_ALIGN_KERNELS has 'scan'; scan is one of torch, native, triton"),
-        ("scan=cuda", "HYMBA_ALIGN_KERNELS has 'scan=cuda'; scan is one of torch, native, triton"),
+        ("scan", "HYMBA_ALIGN_KERNELS has 'scan'; write one of scan=torch, scan=native, scan=triton"),
+        ("scan=cuda", "HYMBA_ALIGN_KERNELS has 'scan=cuda'; write one of scan=torch, scan=native, scan=triton"),
+        (
+            "scan=torch,scan=native",
+            "HYMBA_ALIGN_KERNELS asks for scan=torch and scan=native; keep one of them",
+        ),
     ],
 )
 def test_an_unknown_request_names_what_there_is(monkeypatch: pytest.MonkeyPatch, wanted: str, message: str) -> None:
@@ -86,7 +95,7 @@ def test_an_unknown_request_names_what_there_is(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_several_requests_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "scan=torch, attention=sdpa,")
+    monkeypatch.setenv(VARIABLE, "scan = torch, attention=sdpa,")
     kernels = choose_kernels(CPU, torch.float32)
     assert (kernels.scan, kernels.attention) == ("torch", "sdpa")
 
@@ -103,3 +112,22 @@ def test_libraries_are_no_defaults_as_long_as_nobody_has_measured_them() -> None
     for parts in choice.DEFAULTS.values():
         for candidates in parts.values():
             assert not {"causal-conv1d", "flash-attn", "mamba-ssm"} & set(candidates)
+
+
+def test_inside_autocast_its_dtype_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend(monkeypatch, "scan", "fast", None)
+    seen: list[torch.dtype] = []
+    module = sys.modules["stand_in_backend"]
+    monkeypatch.setattr(module, "unavailable", lambda device, dtype: seen.append(dtype))
+    monkeypatch.setenv(VARIABLE, "scan=fast")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        choose_kernels(CPU, torch.float32)
+    assert seen == [torch.bfloat16]
+
+
+def test_a_malformed_request_is_found_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "scan=cuda")
+    with pytest.raises(KernelError, match="write one of scan=torch"):
+        evaluate("absent", EvalSection(), Path("absent"))
+    with pytest.raises(KernelError, match="write one of scan=torch"):
+        run_recipe(load_recipe("recipes/tiny/arithmetic.yaml"), dry_run=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BatchEncoding
 
 from hymba_align.model import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba_align.model.decoding import Decoded, decode, run_prefix
@@ -237,7 +239,157 @@ def test_what_cannot_be_decoded_is_refused_by_the_prompts_number(small_model: Hy
         decode(small_model, [[4, 5, 6], [4, 6, 6]], max_new_tokens=1, prefix=prefix)
     with pytest.raises(ValueError, match=r"prompts\[0\] is the prefix of 2 tokens and nothing else"):
         decode(small_model, [[4, 5]], max_new_tokens=1, prefix=prefix)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
         decode(small_model, [[4]], max_new_tokens=1, batch_size=0)
     with pytest.raises(ValueError, match=r"temperature is -1.0"):
         decode(small_model, [[4]], max_new_tokens=1, temperature=-1.0)
+
+
+SEVERAL = "give a list, a tuple, or a 1-D tensor or array of integers"
+KINDS = [
+    list,
+    tuple,
+    torch.tensor,
+    np.array,
+    lambda values: np.array(values, np.uint16),
+    lambda values: list(np.array(values)),
+]
+NAMES = ["list", "tuple", "tensor", "array", "uint16", "numpy's integers"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_token_ids_and_limits_may_come_in_any_kind_of_sequence(small_model: HymbaForCausalLM, kind: Any) -> None:
+    prompts = [[5, 6, 7, 8], [5, 6, 9]]
+    prefix = run_prefix(small_model, kind([5, 6]))
+    assert prefix.tokens == (5, 6)
+    found = decode(small_model, [kind(prompt) for prompt in prompts], max_new_tokens=kind([4, 7]), prefix=prefix)
+    assert found == [alone(small_model, prompt, limit) for prompt, limit in zip(prompts, [4, 7], strict=True)]
+    assert all(type(token) is int for token in prefix.tokens)
+
+
+@pytest.mark.parametrize(
+    "kind", [*KINDS, set, frozenset, lambda ids: ids[0], lambda ids: np.int64(ids[0]), lambda ids: torch.tensor(ids[0])],
+    ids=[*NAMES, "set", "frozenset", "one int", "one of numpy's", "one tensor without axes"],
+)  # fmt: skip
+def test_a_stop_id_ends_a_sequence_whatever_kind_of_integers_it_comes_in(
+    small_model: HymbaForCausalLM, kind: Any
+) -> None:
+    prompt = ids(3, 6)
+    stop_id = alone(small_model, prompt, 9).tokens[2]
+    expected = alone(small_model, prompt, 9, [stop_id])
+    assert expected.ended
+    assert decode(small_model, [prompt], max_new_tokens=9, stop_ids=kind([stop_id])) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "message"),
+    [
+        (None, "decode: stop_ids is None (NoneType); it must be an integer"),
+        ([None], "decode: stop_ids[0] is None (NoneType); it must be an integer"),
+        ([2, "</s>"], "decode: stop_ids[1] is '</s>' (str); it must be an integer"),
+        ("</s>", f"decode: stop_ids is '</s>' (str); {SEVERAL}"),
+        (2.0, "decode: stop_ids is 2.0 (float); it must be an integer"),
+        ({True}, "decode: stop_ids[0] is True (bool); it must be an integer"),
+        (torch.tensor([True]), "decode: stop_ids[0] is True (bool); it must be an integer"),
+        (torch.tensor(True), "decode: stop_ids is tensor(True) (Tensor); it must be an integer"),
+        (torch.tensor([2.0]), "decode: stop_ids[0] is 2.0 (float); it must be an integer"),
+        (torch.tensor([[2]]), f"decode: stop_ids is a tensor of shape (1, 1); {SEVERAL}"),
+        ([torch.tensor([2])], "decode: stop_ids[0] is a tensor of shape (1,); it must be an integer"),
+    ],
+)
+def test_stop_ids_that_are_no_integers_are_refused(small_model: HymbaForCausalLM, stop_ids: Any, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        decode(small_model, [[4]], max_new_tokens=1, stop_ids=stop_ids)
+    assert str(raised.value) == message
+
+
+UNKNOWN = "but the model's token ids are 0 to 60; use the model's own tokenizer, and no padding or label values"
+LIST = "give a list with one sequence of token ids per entry, unpadded"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[4], [5, -100]], f"prompts[1][1] is -100, {UNKNOWN}"),
+        ([[4], [61]], f"prompts[1][0] is 61, {UNKNOWN}"),
+        ([[4], np.array([60, 2**40])], f"prompts[1][1] is {2**40}, {UNKNOWN}"),
+        ([[4], [5, 6.0]], "prompts[1][1] is 6.0 (float); it must be an integer"),
+        ([[4], torch.tensor([5.0])], "prompts[1][0] is 5.0 (float); it must be an integer"),
+        ([[4], [[5]]], "prompts[1][0] is [5] (list); it must be an integer"),
+        ([[4], "Hello"], f"prompts[1] is 'Hello' (str); {SEVERAL}"),
+        ([4, 5], f"prompts[0] is 4 (int); {SEVERAL}"),
+        ([[4], torch.tensor([[5, 6]])], f"prompts[1] is a tensor of shape (1, 2); {SEVERAL}"),
+        ([[4], np.array([[5, 6]])], f"prompts[1] is an array of shape (1, 2); {SEVERAL}"),
+        ([[4], {5, 6}], f"prompts[1] is {{5, 6}} (set); {SEVERAL}"),
+        (torch.tensor([[4, 5]]), f"prompts is a tensor of shape (1, 2); {LIST}"),
+        (torch.tensor([4, 5]), f"prompts is a tensor of shape (2,); {LIST}"),
+        ("Hello", f"prompts is 'Hello' (str); {LIST}"),
+        (BatchEncoding({"input_ids": [[4]]}), f"prompts is {{'input_ids': [[4]]}} (BatchEncoding); {LIST}"),
+        ([BatchEncoding({"input_ids": [4]})], f"prompts[0] is {{'input_ids': [4]}} (BatchEncoding); {SEVERAL}"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_of_the_model_are_refused_by_their_entry(
+    small_model: HymbaForCausalLM, prompts: Any, message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        decode(small_model, prompts, max_new_tokens=1)
+    assert str(raised.value) == f"decode: {message}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([5, 61], f"tokens[1] is 61, {UNKNOWN}"),
+        (torch.tensor([[5, 6]]), f"tokens is a tensor of shape (1, 2); {SEVERAL}"),
+        ("Hello", f"tokens is 'Hello' (str); {SEVERAL}"),
+        (5, f"tokens is 5 (int); {SEVERAL}"),
+        (
+            [5] * 129,
+            "tokens has 129 entries, but the model's context is 128 (max_position_embeddings); run a shorter prefix",
+        ),
+    ],
+)
+def test_a_prefix_of_anything_but_the_models_token_ids_within_its_context_is_refused(
+    small_model: HymbaForCausalLM, tokens: Any, message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        run_prefix(small_model, tokens)
+    assert str(raised.value) == f"run_prefix: {message}"
+
+
+def test_a_prefix_may_fill_the_context(small_model: HymbaForCausalLM) -> None:
+    assert run_prefix(small_model, [5] * 128).cache.lengths.tolist() == [128]
+
+
+def test_a_prefix_that_was_not_run_is_refused(small_model: HymbaForCausalLM) -> None:
+    with pytest.raises(ValueError) as raised:
+        decode(small_model, [[4, 5, 6]], max_new_tokens=1, prefix=[4, 5])  # type: ignore[arg-type]
+    assert str(raised.value) == "decode: prefix is [4, 5] (list); give what run_prefix(model, tokens) returns"
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_sizes_may_be_any_integers(small_model: HymbaForCausalLM, kind: Any) -> None:
+    prompts = [ids(seed, 5) for seed in range(3)]
+    sizes = {"max_new_tokens": 4, "batch_size": 2, "prefill_tokens": 9}
+    found = decode(small_model, prompts, **{name: kind(size) for name, size in sizes.items()})
+    assert found == decode(small_model, prompts, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); it must be an integer"),
+        ({"max_new_tokens": [2.5]}, "max_new_tokens[0] is 2.5 (float); it must be an integer"),
+        ({"max_new_tokens": None}, "max_new_tokens is None (NoneType); it must be an integer"),
+        ({"batch_size": 2.5}, "batch_size is 2.5 (float); it must be an integer"),
+        ({"batch_size": "8"}, "batch_size is '8' (str); it must be an integer"),
+        ({"prefill_tokens": np.float32(2.5)}, "prefill_tokens is np.float32(2.5) (float32); it must be an integer"),
+        ({"prefill_tokens": 0}, "prefill_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_sizes_that_are_no_positive_integers_are_refused(
+    small_model: HymbaForCausalLM, size: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        decode(small_model, [[4]], **{"max_new_tokens": 1, **size})
+    assert str(raised.value) == f"decode: {message}"

@@ -130,3 +130,10 @@ def test_bfloat16_autocast_gives_the_loss_of_all_logits(small_model: HymbaForCau
     for name, gradient in gradients.items():
         error = (lean_gradients[name] - gradient).abs().max() / gradient.abs().max()
         assert error < 0.03, name  # observed 0.016; the head sums its tiles' gradients
+
+
+def test_labels_of_another_shape_than_the_input_are_refused(small_model: HymbaForCausalLM) -> None:
+    ids = torch.arange(3, 9)[None]
+    with pytest.raises(ValueError) as caught:
+        small_model(ids, labels=ids[:, :-1])
+    assert str(caught.value) == "labels have shape (1, 5) but the input has (1, 6); give one per token"

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,18 +167,65 @@ def test_any_set_of_requests_scores_as_each_alone(data: st.DataObject) -> None:
         ([[1], []], [[1], [2]], 9, r"contexts\[1\] is empty; it needs at least 1 token"),
         ([[1], [1]], [[], [2]], 9, r"continuations\[0\] is empty; it needs at least 1 token"),
         ([[1]], [[1], [2]], 9, "1 contexts but 2 continuations; give one of each"),
-        ([[1]], [[1]], 0, "tokens_per_row is 0; a row holds at least 1 token"),
+        ([[1]], [[1]], 0, "tokens_per_row is 0; it must be at least 1"),
+        ([[1]], [[1]], 2.5, r"tokens_per_row is 2.5 \(float\); it must be an integer"),
+        (
+            [[1], [-1]],
+            [[1], [2]],
+            9,
+            r"contexts\[1\]\[0\] is -1, but the model's token ids are 0 to 60; use the model's own",
+        ),
+        (
+            [[1], [1]],
+            [[1], [2, 61]],
+            9,
+            r"continuations\[1\]\[1\] is 61, but the model's token ids are 0 to 60; use the",
+        ),
+        ([[1], [1.0]], [[1], [2]], 9, r"contexts\[1\]\[0\] is 1.0 \(float\); it must be an integer"),
+        (
+            [1, 2],
+            [[1], [2]],
+            9,
+            r"contexts\[0\] is 1 \(int\); give a list, a tuple, or a 1-D tensor or array of integers",
+        ),
+        ([[1]], ["a"], 9, r"continuations\[0\] is 'a' \(str\); give a list, a tuple, or a 1-D tensor or array"),
+        (
+            torch.ones(1, 2),
+            [[1]],
+            9,
+            r"contexts is a tensor of shape \(1, 2\); give a list with one sequence of token ids",
+        ),
+        (
+            [[1], [1] * 100],
+            [[2], [2] * 30],
+            9,
+            r"contexts\[1\] and continuations\[1\] have 129 tokens before the last one, but the model's context is 128 "
+            r"\(max_position_embeddings\); cut the beginning of the context",
+        ),
     ],
 )
 def test_requests_that_cannot_be_scored_are_one_sentence(
     small_model: HymbaForCausalLM,
-    contexts: list[list[int]],
-    continuations: list[list[int]],
-    budget: int,
+    contexts: Any,
+    continuations: Any,
+    budget: Any,
     message: str,
 ) -> None:
     with pytest.raises(ValueError, match=message):
         score_continuations(small_model, contexts, continuations, tokens_per_row=budget)
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, np.array])
+def test_token_ids_may_come_in_any_kind_of_sequence(small_model: HymbaForCausalLM, kind: Any) -> None:
+    contexts, continuations = four_choices(2)
+    given_ids = [kind(one) for one in contexts], [kind(one) for one in continuations]
+    found = score_continuations(small_model, *given_ids, tokens_per_row=np.int64(60))
+    assert found == score_continuations(small_model, contexts, continuations, tokens_per_row=60)
+
+
+def test_all_that_a_row_reads_may_fill_the_context(small_model: HymbaForCausalLM) -> None:
+    """The last token of a continuation is predicted, not read."""
+    check(small_model, [tokens(100, 0)], [tokens(29, 1)], tokens_per_row=9)
 
 
 def test_nothing_to_score_is_no_error(small_model: HymbaForCausalLM) -> None:

@@ -127,12 +127,21 @@ class Kernels:
         return _load("conv_step", self.conv_step)
 
 
+def check_request() -> None:
+    """Raises KernelError where HYMBA_ALIGN_KERNELS is malformed; whether a backend can run shows when it is chosen."""
+    _parse(os.environ.get(VARIABLE, ""))
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The backends for a device and the dtype of activations; in float64 always those in plain torch.
+
+    Inside autocast its dtype counts for float32 activations, because it is what backends then receive.
 
     Raises:
         KernelError: HYMBA_ALIGN_KERNELS asks for a backend that does not exist or cannot run.
     """
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     return _choose(device.type, dtype, os.environ.get(VARIABLE, ""))
 
 
@@ -142,7 +151,8 @@ def _choose(device_type: str, dtype: torch.dtype, wanted: str) -> Kernels:
     if dtype == torch.float64:
         return Kernels(**PLAIN)
     device = torch.device(device_type)
-    chosen = {}
+    chosen: dict[str, str] = {}
+    slower: dict[str, list[str]] = {}  # parts by the reason why a faster backend cannot run
     for part, plain in PLAIN.items():
         if part in asked:
             if reason := _unavailable(part, asked[part], device, dtype):
@@ -150,33 +160,44 @@ def _choose(device_type: str, dtype: torch.dtype, wanted: str) -> Kernels:
             chosen[part] = asked[part]
         else:
             candidates = DEFAULTS.get(device_type, {}).get(part, (plain,))
-            chosen[part] = _first_that_runs(part, candidates, device, dtype)
+            chosen[part], reasons = _first_that_runs(part, candidates, device, dtype)
+            for reason in reasons:
+                slower.setdefault(reason, []).append(part)
+    for reason, parts in slower.items():
+        log_once(f"{', '.join(parts)}: slower kernels run in plain torch; {reason}")
     return Kernels(**chosen)
 
 
 def _parse(wanted: str) -> dict[str, str]:
     """Backend by part, from text such as "scan=triton,attention=flex"."""
-    asked = {}
+    asked: dict[str, str] = {}
     for item in filter(None, (item.strip() for item in wanted.split(","))):
-        part, _, name = item.partition("=")
+        part, _, name = (word.strip() for word in item.partition("="))
         if part not in BACKENDS:
             raise KernelError(
                 f"{VARIABLE} has {item!r}; write PART=BACKEND, where PART is one of {', '.join(BACKENDS)}"
             )
         if name not in BACKENDS[part]:
-            raise KernelError(f"{VARIABLE} has {item!r}; {part} is one of {', '.join(BACKENDS[part])}")
+            names = ", ".join(f"{part}={backend}" for backend in BACKENDS[part])
+            raise KernelError(f"{VARIABLE} has {item!r}; write one of {names}")
+        if asked.get(part, name) != name:
+            raise KernelError(f"{VARIABLE} asks for {part}={asked[part]} and {part}={name}; keep one of them")
         asked[part] = name
     return asked
 
 
-def _first_that_runs(part: str, candidates: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+def _first_that_runs(
+    part: str, candidates: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[str, list[str]]:
+    """The first candidate that can run, the last one always can; and why those before it cannot."""
     *preferred, last = candidates
+    reasons: list[str] = []
     for name in preferred:
         reason = _unavailable(part, name, device, dtype)
         if reason is None:
-            return name
-        log_once(f"{part} runs on the slower backend '{last}': {reason}")
-    return last
+            return name, reasons
+        reasons.append(reason)
+    return last, reasons
 
 
 def _unavailable(part: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_align.model.attention import SkipsQueries
-from hymba_align.model.key_values import KeyValues
 from hymba_align.model.kernels import native
 from hymba_align.model.kernels.native import Rows, pointer, token_rows
+from hymba_align.model.key_values import KeyValues
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,6 +46,7 @@ class NativeAttention(SkipsQueries):
         ends = self.segments_2S[0].cumsum(0)
         return replace(self, known=int((ends <= tokens).sum()))
 
+    @torch.compiler.disable  # C++ reads addresses, of which a graph knows nothing
     def attend(
         self, q_LHd: Tensor, k_LGd: Tensor, v_LGe: Tensor, *, is_global: bool, stored: KeyValues | None
     ) -> Tensor:

@@ -45,6 +45,7 @@ class NativeConv(ConvRow):
             needed_tails=native.needed(parents, initial),
         )
 
+    @torch.compiler.disable  # C++ reads addresses, of which a graph knows nothing
     def run(
         self, u: Tensor, weight: Tensor, bias: Tensor, initial_tails: Tensor | None = None, *, silu: bool = False
     ) -> tuple[Tensor, Tensor]:

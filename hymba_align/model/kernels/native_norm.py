@@ -21,6 +21,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.unavailable("norm", device, dtype)
 
 
+@torch.compiler.disable  # C++ reads addresses, of which a graph knows nothing
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` (L, D) in float32 with a root mean square of 1 per row, cast back, then scaled. Source: arXiv 1910.07467, equation 4."""
     native.check("norm", {"x": (x, (len(x), len(weight))), "weight": (weight, weight.shape)})

@@ -70,6 +70,7 @@ class NativeScan(ScanRow):
         y, final = self._apply(u, dt_raw, A, B, C, D, z, initial_states)
         return y.to(u.dtype), final
 
+    @torch.compiler.disable  # C++ reads addresses, of which a graph knows nothing
     def _apply(
         self,
         u: Tensor,
