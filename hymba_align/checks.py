@@ -14,10 +14,12 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba, check_run_folder, read_json
+from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba
 from hymba_align.errors import DataError, RecipeError
+from hymba_align.files import read_json
 from hymba_align.launch import inside_launcher, needs_launch, rank
 from hymba_align.recipe import Recipe, TrainingStage, is_local_path, resolved_eval
+from hymba_align.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

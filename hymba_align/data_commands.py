@@ -9,7 +9,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.checkpoint import write_json, write_text
 from hymba_align.data.inspection.preview import (
     Kind,
     Node,
@@ -24,6 +23,7 @@ from hymba_align.data.inspection.preview import (
     visible,
 )
 from hymba_align.errors import DataError
+from hymba_align.files import write_json, write_text
 from hymba_align.stage_data import StageData, only_beginning, prepare_leniently, read_before_training
 
 if TYPE_CHECKING:

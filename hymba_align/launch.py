@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 
-from hymba_align.checkpoint import run_root
 from hymba_align.errors import HymbaAlignError
 from hymba_align.recipe import Recipe
+from hymba_align.run_folder import run_root
 
 STARTED_BY_US = "HYMBA_ALIGN_LAUNCHED"
 STOP_CHILDREN_S = 60.0

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hymba_align.checkpoint import write_text
 from hymba_align.errors import RunFolderError
+from hymba_align.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 

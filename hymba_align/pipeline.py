@@ -21,15 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hymba_align
-from hymba_align.checkpoint import (
-    RunFolder,
-    fingerprint,
-    open_run,
-    path_digest,
-    run_root,
-)
 from hymba_align.checks import check_inputs
 from hymba_align.errors import DataError, HymbaAlignError, RecipeError, RunFolderError, UsageError
+from hymba_align.files import fingerprint, path_digest
 from hymba_align.launch import (
     STARTED_BY_US,
     free_gpu_memory,
@@ -41,6 +35,7 @@ from hymba_align.launch import (
     use_one_gpu,
 )
 from hymba_align.recipe import DataSection, Recipe, Stage, TrainingStage, resolved_eval
+from hymba_align.run_folder import RunFolder, open_run, run_root
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -306,7 +301,7 @@ def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
 
 def _finish(recipe: Recipe, folder: RunFolder, stage: TrainingStage, inputs: str, metrics: Mapping[str, float]) -> None:
     """Records that a training stage is complete; only then may its checkpoints go."""
-    from hymba_align.train.common import remove_checkpoints
+    from hymba_align.train.stage_run import remove_checkpoints
 
     folder.mark_complete(stage, inputs, {"metrics": metrics})
     remove_checkpoints(recipe, stage, folder.stage_dir(stage))

@@ -19,9 +19,10 @@ import hymba_align.pipeline as pipeline
 import hymba_align.train.common
 import hymba_align.train.dpo
 import hymba_align.train.sft
-from hymba_align.checkpoint import RunFolder, file_digest, write_json
 from hymba_align.errors import HymbaAlignError, UsageError
+from hymba_align.files import file_digest, write_json
 from hymba_align.recipe import Recipe, load_recipe
+from hymba_align.run_folder import RunFolder
 
 ROW = {"question": "What is 1+1?", "answer": "<<1+1=2>>2\n#### 2", "wrong_answer": "<<1+1=3>>3\n#### 3"}
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hymba_align.checkpoint import read_json, write_text
 from hymba_align.eval.result import Sample, TaskResult, read_result
+from hymba_align.files import read_json, write_text
 from hymba_align.metrics import read_metrics
 
 if TYPE_CHECKING:

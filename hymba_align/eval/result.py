@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hymba_align.checkpoint import write_json
+from hymba_align.files import write_json
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,11 @@ from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 
 from hymba_align.recipe import DPOSection, Recipe
-from hymba_align.train.common import (
-    load_start,
-    load_start_tokenizer,
-    prepare_once,
-    quiet_libraries,
-    record_data,
-    run_stage,
-    stage_callbacks,
-)
+from hymba_align.train.common import load_start, load_start_tokenizer, prepare_once, quiet_libraries, record_data
 from hymba_align.train.dpo_trainer import HymbaDPOTrainer
 from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
+from hymba_align.train.stage_run import run_stage, stage_callbacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,6 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from hymba_align.train.common import SparesRecurrence
 from hymba_align.train.preference_rows import (
     IDS,
     LENGTH,
@@ -37,13 +36,14 @@ from hymba_align.train.preference_rows import (
     pair_tokens,
 )
 from hymba_align.train.reference import Logps, model_code_digest, pairs_digest, reference_logps, weights_digest
+from hymba_align.train.trainer import StageTrainer
 
 NOT_SCORED = -100  # the label that TRL gives to prompts and padding
 OF_PAIRS = ("rewards/", "logps/")
 """Beginnings of the metrics that TRL averages over pairs; the others it averages over tokens."""
 
 
-class HymbaDPOTrainer(SparesRecurrence, DPOTrainer):
+class HymbaDPOTrainer(StageTrainer, DPOTrainer):
     """TRL's trainer, except for what weight decay spares and the following.
 
     - The loss of an optimizer step is the mean over its pairs, however many each process has and each batch holds. TRL

@@ -15,20 +15,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from hymba_align.data.packing import NOT_TRAINED, add_labels, pack, packing_report
 from hymba_align.recipe import Recipe
-from hymba_align.train.common import (
-    SparesRecurrence,
-    load_start,
-    load_start_tokenizer,
-    prepare_once,
-    quiet_libraries,
-    record_data,
-    run_stage,
-    stage_callbacks,
-)
+from hymba_align.train.common import load_start, load_start_tokenizer, prepare_once, quiet_libraries, record_data
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
+from hymba_align.train.stage_run import run_stage, stage_callbacks
+from hymba_align.train.trainer import StageTrainer
 
 
-class HymbaSFTTrainer(SparesRecurrence, SFTTrainer):
+class HymbaSFTTrainer(StageTrainer, SFTTrainer):
     """TRL's trainer, except for which parameters weight decay spares and that only labelled positions get logits."""
 
     def compute_loss(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hymba_align.checkpoint import run_root
 from hymba_align.cli import main
 from hymba_align.recipe import TRAINING_STAGES, is_local_path, load_recipe
+from hymba_align.run_folder import run_root
 from hymba_align.train.settings import trainer_settings
 
 RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml"))

@@ -18,11 +18,12 @@ from hymba_align.data.rendering import render
 from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import dpo as dpo_module
-from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, quiet_libraries
+from hymba_align.train.common import load_start, load_start_tokenizer, quiet_libraries
 from hymba_align.train.dpo import train_dpo
 from hymba_align.train.dpo_trainer import HymbaDPOTrainer, ScoresLabels
 from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import trainer_arguments
+from hymba_align.train.trainer import StageTrainer
 
 PAIR = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]}
 
@@ -45,7 +46,7 @@ def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTra
 
 
 def test_what_differs_from_trls_trainer_is_this_and_nothing_else() -> None:
-    assert HymbaDPOTrainer.__mro__[:3] == (HymbaDPOTrainer, SparesRecurrence, DPOTrainer)
+    assert HymbaDPOTrainer.__mro__[:3] == (HymbaDPOTrainer, StageTrainer, DPOTrainer)
     overridden = {name for name in vars(HymbaDPOTrainer) if hasattr(DPOTrainer, name) and not name.startswith("__")}
     assert overridden == {
         "loss_is_scaled_for_ga",  # the mean over the pairs of a step

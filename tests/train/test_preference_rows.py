@@ -20,7 +20,6 @@ from hymba_align.errors import RecipeError
 from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import dpo as dpo_module
-from hymba_align.train.common import last_complete_checkpoint
 from hymba_align.train.dpo import train_dpo
 from hymba_align.train.dpo_trainer import HymbaDPOTrainer, UnequalGather
 from hymba_align.train.preference_rows import (
@@ -32,6 +31,7 @@ from hymba_align.train.preference_rows import (
     pair_tokens,
 )
 from hymba_align.train.settings import trainer_settings
+from hymba_align.train.stage_run import last_complete_checkpoint
 
 # Plain gradient descent: at a rate of 1 the weights move by the gradients themselves.
 DESCENT = {

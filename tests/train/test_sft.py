@@ -26,7 +26,7 @@ from hymba_align.errors import HymbaAlignError, RecipeError
 from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
 from hymba_align.train import sft as sft_module
-from hymba_align.train.common import SparesRecurrence, load_start, load_start_tokenizer, remove_checkpoints
+from hymba_align.train.common import load_start, load_start_tokenizer
 from hymba_align.train.settings import trainer_arguments
 from hymba_align.train.sft import (
     HymbaSFTTrainer,
@@ -35,6 +35,8 @@ from hymba_align.train.sft import (
     train_sft,
     training_rows,
 )
+from hymba_align.train.stage_run import remove_checkpoints
+from hymba_align.train.trainer import StageTrainer
 
 
 def build_trainer(recipe: Recipe, folder: Path, *, packing: bool = True) -> tuple[HymbaSFTTrainer, Dataset]:
@@ -53,8 +55,8 @@ def build_trainer(recipe: Recipe, folder: Path, *, packing: bool = True) -> tupl
 
 
 def test_the_trainer_is_trls_own_but_for_weight_decay_and_which_positions_get_logits() -> None:
-    assert HymbaSFTTrainer.__mro__[:3] == (HymbaSFTTrainer, SparesRecurrence, SFTTrainer)
-    own = {name for cls in (HymbaSFTTrainer, SparesRecurrence) for name in vars(cls) if not name.startswith("__")}
+    assert HymbaSFTTrainer.__mro__[:3] == (HymbaSFTTrainer, StageTrainer, SFTTrainer)
+    own = {name for cls in (HymbaSFTTrainer, StageTrainer) for name in vars(cls) if not name.startswith("__")}
     assert own == {"get_decay_parameter_names", "compute_loss"}
 
 
