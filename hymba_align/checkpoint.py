@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hymba_align.checkpoint_checks import (
+    Weights,
+    check_numbers,
+    check_tensors,
+    checkpoint_folder,
+    expected_shapes,
+    find_weights,
+    first_line,
+    one_line,
+    parse_config,
+    read_object,
+    too_large,
+    unknown_key,
+)
 from hymba_align.errors import CheckpointError, RecipeError
-from hymba_align.files import read_json
+from hymba_align.files import checked_file
 from hymba_align.recipe import BaseSection, is_local_path
 
 if TYPE_CHECKING:
@@ -19,82 +32,85 @@ if TYPE_CHECKING:
 def load_model(path: str | Path, *, revision: str | None = None, dtype: str = "float32") -> HymbaForCausalLM:
     """The Hymba in a checkpoint folder or hub repository, in `dtype` (a torch dtype's name), on the CPU.
 
+    Nothing in the checkpoint is trusted: what it holds is checked before it is loaded (checkpoint_checks.py).
+
     Raises:
         CheckpointError: it cannot be read, is another architecture, or does not hold exactly Hymba's tensors.
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     from hymba_align.model import HymbaForCausalLM
 
-    check_is_hymba(path, revision)
+    if is_local_path(str(path)):
+        _check_folder(path)
+    folder = checkpoint_folder(path, revision)
+    config, weights = _checked(folder, path, dtype)
+    check_numbers(weights, dtype)
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table of wrong tensors; the sentence below says the same
+    transformers.logging.set_verbosity_error()  # it reports a head that is not stored apart from the embeddings
     try:
         loaded: Any = HymbaForCausalLM.from_pretrained(
-            path,
-            revision=revision or "main",
+            folder,
+            config=config,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # of generation_config.json too, in which transformers expects no surprises
+        raise CheckpointError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     model: HymbaForCausalLM = loaded[0]
-    found: dict[str, Any] = loaded[1]
-    for kind, problem in (
-        ("missing_keys", "lacks tensors"),
-        ("mismatched_keys", "has tensors of a shape that its config.json does not give"),
-        ("unexpected_keys", "has tensors that Hymba does not have"),
-    ):
-        if found[kind]:
-            names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in found[kind])
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(f"{path}: the checkpoint {problem}: {shown}; use a complete Hymba checkpoint")
+    wrong = {kind: names for kind, names in loaded[1].items() if names}
+    assert not wrong, f"{path}: checked, and yet loaded with {wrong}"
+    model.config.name_or_path = str(path)
     return model
 
 
-def check_is_hymba(path: str | Path, revision: str | None) -> None:
-    """Raises CheckpointError unless a config.json can be read there and says model_type hymba."""
-    if is_local_path(str(path)):
-        folder = Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{path}: there is no such checkpoint folder; check the path")
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{path}: the folder has no config.json, so it is no checkpoint{_inner_hint(folder)}")
-        try:
-            model_type = read_json(folder / "config.json").get("model_type")
-        except ValueError as error:
-            raise CheckpointError(f"{path}/config.json is not a JSON object: {_first_line(error)}") from error
-    else:
-        from transformers import PretrainedConfig
+def _checked(folder: Path, path: str | Path, dtype: str) -> tuple[HymbaConfig, Weights]:
+    """Configuration and weight files of a folder; of the latter only the headers were read. Raises: CheckpointError."""
+    config = parse_config(read_object(folder / "config.json", path), path)
+    weights = find_weights(folder, path)
+    check_tensors(weights, config, dtype)
+    checked_file(folder, "generation_config.json", path)
+    return config, weights
 
-        try:
-            config, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
-        except OSError as error:
-            raise CheckpointError(
-                f"'{path}' is neither a folder here nor a checkpoint that the Hugging Face hub gives out: "
-                f"{_first_line(error)}"
-            ) from error
-        model_type = config.get("model_type")
-    if model_type != "hymba":
+
+def check_is_hymba(path: str | Path, revision: str | None) -> None:
+    """Raises CheckpointError unless a Hymba's config.json can be read there and, of a local folder, its files' headers too."""
+    if is_local_path(str(path)):
+        _check_folder(path)
+        _checked(Path(path), path, "bfloat16")
+        return
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(str(path), "config.json", revision=revision or "main")
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: model_type in config.json is '{model_type}', not 'hymba'; hymba-align trains and scores Hymba only"
-        )
+            f"'{path}' is neither a folder here nor a checkpoint that the Hugging Face hub gives out: {first_line(error)}"
+        ) from error
+    parse_config(read_object(Path(str(file)), path), path)
+
+
+def checkpoint_config(path: str | Path) -> HymbaConfig:
+    """The configuration of a local checkpoint. Raises: CheckpointError."""
+    return parse_config(read_object(Path(path) / "config.json", path), path)
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint folder; check the path")
+    if checked_file(folder, "config.json", path) is None:
+        raise CheckpointError(f"{path}: the folder has no config.json, so it is no checkpoint{_inner_hint(folder)}")
 
 
 def _inner_hint(folder: Path) -> str:
     inner = sorted(config.parent.name for config in folder.glob("*/config.json"))
     return f"; there is one in {folder / inner[-1]}" if inner else "; name the folder that holds config.json"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def build_base(base: BaseSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> HymbaForCausalLM:
@@ -117,6 +133,9 @@ def build_base(base: BaseSection, tokenizer: PreTrainedTokenizerBase, seed: int)
     from hymba_align.model import HymbaForCausalLM
 
     config = base_config(base, tokenizer)
+    reason = too_large(expected_shapes(config), "float32")
+    if reason is not None:
+        raise RecipeError(f"base.config: {reason}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HymbaForCausalLM(config)
@@ -125,11 +144,17 @@ def build_base(base: BaseSection, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 def check_embeddings(model: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises CheckpointError where a model of that name has fewer embeddings (`rows`) than the tokenizer has tokens."""
-    if rows < len(tokenizer):
+    needed = vocabulary_size(tokenizer)
+    if rows < needed:
         raise CheckpointError(
-            f"{model}: the model has {rows} embeddings and the tokenizer {len(tokenizer)} tokens; "
+            f"{model}: the model has {rows} embeddings and the tokenizer {needed} tokens; "
             "set base.tokenizer to the model's own"
         )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The embeddings that a tokenizer's ids need, which may leave some out."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def base_config(base: BaseSection, tokenizer: PreTrainedTokenizerBase) -> HymbaConfig:
@@ -143,25 +168,23 @@ def base_config(base: BaseSection, tokenizer: PreTrainedTokenizerBase) -> HymbaC
     from hymba_align.model import HymbaConfig
 
     given = base.config or {}
-    known = HymbaConfig().to_dict().keys() | {"conv_dim", "layer_type", "seq_length", "torch_dtype"}
-    for key in given.keys() - known:
-        near = difflib.get_close_matches(key, sorted(known), n=1)
-        hint = f"; the nearest is base.config.{near[0]}" if near else "; the keys are those of Hymba's config.json"
-        raise RecipeError(f"base.config.{key} is not a key of HymbaConfig{hint}")
+    unknown = unknown_key(given, "base.config.")
+    if unknown is not None:
+        raise RecipeError(unknown)
+    needed = vocabulary_size(tokenizer)
+    rows = given.get("vocab_size", needed)
+    if isinstance(rows, int) and rows < needed:
+        raise RecipeError(
+            f"base.config.vocab_size is {rows}, below the tokenizer's {needed} tokens; raise it, or leave it out"
+        )
     fields: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": needed,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **given,
     }
     try:
-        config = HymbaConfig(**fields)
+        return HymbaConfig(**fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise RecipeError(f"base.config is not a Hymba: {' '.join(str(error).split())}") from error
-    if config.vocab_size < len(tokenizer):
-        raise RecipeError(
-            f"base.config.vocab_size is {config.vocab_size}, below the tokenizer's {len(tokenizer)} tokens; "
-            "raise it, or leave it out"
-        )
-    return config
+        raise RecipeError(f"base.config is not a Hymba: {one_line(error)}") from error

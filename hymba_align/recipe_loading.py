@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from hymba_align import secrets
 from hymba_align.errors import RecipeError
 
 KeyPath = tuple[str, ...]
@@ -97,8 +98,10 @@ def load_section(
         RecipeError: the file is missing or not YAML, or a key or value is invalid.
     """
     source = _read(Path(path)) if path is not None else _Source("overrides")
+    secrets.remember(source.values)  # before anything about them can be said
     for override in overrides:
         _apply_override(section, source, override, prefix)
+    secrets.remember(source.values)
     try:
         text = json.dumps(source.values)
     except (TypeError, ValueError) as error:
@@ -193,7 +196,9 @@ def _apply_override(section: type[BaseModel], source: _Source, override: str, pr
         values = child
     source.places = {known: where for known, where in source.places.items() if known[: len(path)] != path}
     source.places[path] = place
-    values[path[-1]] = _parse(text, source, path, place)
+    value = _parse(text, source, path, place)
+    secrets.remember({path[-1]: value} if "storage_options" not in path else {"storage_options": {path[-1]: value}})
+    values[path[-1]] = value
 
 
 def _check_path(section: type[BaseModel], path: KeyPath, place: str, prefix: str) -> None:
@@ -244,7 +249,8 @@ def _unknown_key(section: type[BaseModel], path: KeyPath, prefix: str) -> str:
         same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == path[-1]]
         anywhere = same_name or difflib.get_close_matches(unknown, known, n=1, cutoff=0.75)
         valid = ", ".join(dotted.rpartition(".")[2] for dotted in siblings)
-        hint = f"the nearest is {prefix}{anywhere[0]}" if anywhere else f"valid here: {valid}"
+        elsewhere = anywhere and anywhere[0] != above  # the section it stands in is no help
+        hint = f"the nearest is {prefix}{anywhere[0]}" if elsewhere else f"valid here: {valid}"
     return f"{prefix}{unknown} is not a key of a recipe; {hint}"
 
 
@@ -267,6 +273,8 @@ def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 def _problem(section: type[BaseModel], error: ErrorDetails, path: KeyPath, prefix: str) -> str:
     dotted = prefix + ".".join(path)
+    if secrets.is_secret(path):
+        error = {**error, "input": secrets.MASK}
     message = re.sub(r"^(Input|Value) should ", "must ", error["msg"])
     match error["type"]:
         case "extra_forbidden":

@@ -13,6 +13,7 @@ from hymba_align.data.reading.examples import Conversation
 from hymba_align.data.reading.messages import Message, canonical_messages
 from hymba_align.data.reading.tool_calls import Tool
 from hymba_align.data.template import backend, has_generation_markers, template_text
+from hymba_align.data.time_limit import time_limit
 from hymba_align.errors import RenderError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ LossOn = Literal["assistant", "last", "all"]
 # A text this many times longer than the longest piece of the vocabulary allows is not tokenized at all. More than 1,
 # because a tokenizer's normalisation may shorten a text.
 CERTAINLY_LONGER = 4
+TEMPLATE_LIMIT_S = 10.0  # for one conversation, which takes a template of the hub less than a hundredth of a second
 
 
 @dataclass(frozen=True)
@@ -154,22 +156,31 @@ def _render_batch(
 def _render_text(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, add_generation_prompt: bool, marked: bool
 ) -> Written:
-    """The conversation as the template writes it."""
+    """The conversation as the template writes it, in transformers' sandbox: a template is code of whoever made it."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[list(conversation.messages)],
-            tools=list(conversation.tools) or None,
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
-    except TemplateError as error:
+        with time_limit(TEMPLATE_LIMIT_S):
+            rendered: Any = render_jinja_template(
+                conversations=[list(conversation.messages)],
+                tools=list(conversation.tools) or None,
+                chat_template=tokenizer.chat_template,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            )
+    except TemplateError as error:  # what a template says by raise_exception, what the sandbox forbids, and its syntax
         raise RenderError(f"the chat template refuses the conversation: {error}") from error
+    except TimeoutError as error:
+        raise RenderError(
+            f"the chat template takes more than {TEMPLATE_LIMIT_S:g} s for a conversation; use 'hymba'"
+        ) from error
+    except Exception as error:  # a template's expressions raise what Python's raise
+        raise RenderError(
+            f"the chat template fails on the conversation ({type(error).__name__}: {error}); correct it, or use 'hymba'"
+        ) from error
     texts, spans = rendered
     others = [message for message in conversation.messages if message["role"] != "assistant"]
     known = all(message.get("train", True) for message in others)

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.errors import CheckpointError
+from hymba_align.files import checked_file
 from hymba_align.recipe import is_local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FILE = Path(__file__).with_name("hymba.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str = "hymba") -> PreTrainedTokenizerBase:
@@ -48,11 +57,20 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise CheckpointError(f"{path}: the tokenizer has no {name}; set it in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"{path}: the tokenizer is not one of the Rust library's; name a folder with tokenizer.json"
+        )
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that was not followed is not handed on either
     keep_prefix_rule(tokenizer)
     if chat_template != "released":
         tokenizer.chat_template = _read_template(chat_template)
     elif tokenizer.chat_template is None:
         raise CheckpointError(f"{path}: chat_template is 'released', but the tokenizer carries none; use 'hymba'")
+    elif not isinstance(tokenizer.chat_template, str):
+        raise CheckpointError(
+            f"{path}: the tokenizer carries several chat templates; name one of them as a .jinja file"
+        )
     return tokenizer
 
 
@@ -62,6 +80,8 @@ def _check_folder(path: str) -> None:
         raise CheckpointError(f"{path}: no such tokenizer folder; name a folder with tokenizer.json or a hub id")
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{path}: the folder has no tokenizer.json; name one that has, or a hub id")
+    for name in TOKENIZER_FILES:
+        checked_file(Path(path), name, path)
 
 
 def keep_prefix_rule(tokenizer: PreTrainedTokenizerBase) -> None:

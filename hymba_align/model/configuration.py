@@ -3,10 +3,12 @@
 Keys fall into three groups: those that shape the computation are fields of `HymbaConfig`; those that have a single
 meaning in every released checkpoint are accepted with that value only (`FIXED`); those that mean nothing here
 (kernel choices, unused router settings) are carried from the file that was read to the file that is written.
+
+The one module without postponed annotations: `strict` checks the types of values, and with names in place of types it
+would let everything pass.
 """
 
-from __future__ import annotations
-
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +16,12 @@ from transformers import PreTrainedConfig
 
 REMOTE_CODE = "nvidia/Hymba-1.5B-Base"
 """The hub repository that holds the released modeling code: what we write opens there too."""
+
+RELEASED_CLASSES = {
+    "AutoConfig": f"{REMOTE_CODE}--configuration_hymba.HymbaConfig",
+    "AutoModelForCausalLM": f"{REMOTE_CODE}--modeling_hymba.HymbaForCausalLM",
+}
+"""`auto_map` of what we write, with the repository, so that it resolves from any folder. A checkpoint's own is not kept."""
 
 RELEASED_ATTENTION = "flex"
 """`attn_implementation` in released files: a choice of the released code, not one of transformers'."""
@@ -50,6 +58,35 @@ CARRIED: dict[str, Any] = {
 }
 """Released keys without a meaning here. `output_router_logits` beside `router_aux_loss_coef` would even make TRL
 look for a mixture-of-experts loss, so they are kept out of the attributes."""
+
+LIMITS: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 1 << 22),
+    "hidden_size": (1, 1 << 16),
+    "intermediate_size": (1, 1 << 18),
+    "num_hidden_layers": (1, 512),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "v_head_dim": (1, 1 << 16),
+    "num_memory_tokens": (1, 1 << 16),
+    "sliding_window": (1, 1 << 30),
+    "mamba_expand": (1, 64),
+    "mamba_d_state": (1, 4096),
+    "mamba_d_conv": (2, 64),
+    "mamba_dt_rank": (1, 1 << 16),
+    "max_position_embeddings": (1, 1 << 30),
+    "orig_max_position_embeddings": (1, 1 << 30),
+}
+"""Smallest and largest value of each size, far above any released model: a size that only a damaged or hostile file has."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-30, 1.0),
+    "initializer_range": (0.0, 100.0),
+}
+"""Smallest and largest value of each real number; NaN is in none."""
+
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @strict
@@ -105,11 +142,11 @@ class HymbaConfig(PreTrainedConfig):
     mamba_d_conv: int = 4
     mamba_dt_rank: int = 100
     rope_type: str | None = "ntk"
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     max_position_embeddings: int = 8192
     orig_max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -123,12 +160,14 @@ class HymbaConfig(PreTrainedConfig):
             del kwargs["attn_implementation"]
         self.global_attn_idx = list(self.global_attn_idx)
         self.kv_reuse_group = [list(group) for group in self.kv_reuse_group]
-        auto_map = kwargs.pop("auto_map", None)
+        kwargs.pop("auto_map", None)  # another's code would otherwise be named in what we write
+        self._check_dtype(kwargs.get("torch_dtype"))
         super().__post_init__(**kwargs)
         defaults = {"attn_implementation": RELEASED_ATTENTION, "seq_length": self.max_position_embeddings}
         self._released = {**CARRIED, **defaults, **released}
-        self._released["auto_map"] = _qualified_auto_map(auto_map)
+        self._released["auto_map"] = dict(RELEASED_CLASSES)
         self._check_fixed(released)
+        self._check_ranges()
         self._check_shape()
         self._check_layers()
 
@@ -165,28 +204,46 @@ class HymbaConfig(PreTrainedConfig):
 
     def _check_fixed(self, released: dict[str, Any]) -> None:
         for key, accepted in FIXED.items():
-            if released[key] not in accepted:
+            given = released[key]
+            if not any(given == one and isinstance(given, bool) == isinstance(one, bool) for one in accepted):
                 raise ValueError(
                     f"HymbaConfig: {key} is {released[key]!r}, which no released checkpoint uses; only {accepted[0]!r} is supported"
                 )
-        if any(kind != "h" for kind in self._released["layer_type"] or ()):
+        kinds = self._released["layer_type"] or []
+        if not isinstance(kinds, list) or any(kind != "h" for kind in kinds):
             raise ValueError("HymbaConfig: layer_type holds a kind other than 'h'; only hybrid layers are supported")
         if self.rope_type not in ("ntk", None):
             raise ValueError(f"HymbaConfig: rope_type is {self.rope_type!r}; only 'ntk' and None are supported")
         if not self.tie_word_embeddings:
             raise ValueError("HymbaConfig: tie_word_embeddings is False; released checkpoints tie the head")
 
+    def _check_dtype(self, old_name: Any) -> None:
+        """Before the base class looks the name up among all that torch has."""
+        for name in (self.dtype, old_name):
+            if name is not None and str(name).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"HymbaConfig: dtype is {name!r:.60}; it must be one of {', '.join(DTYPES)}")
+
+    def _check_ranges(self) -> None:
+        for key, (least, most) in (LIMITS | RANGES).items():
+            value = getattr(self, key)
+            if not least <= value <= most:
+                must = f"at least {least}" if value < least else f"at most {most}" if value > most else "a number"
+                raise ValueError(f"HymbaConfig: {key} is {value}; it must be {must}")
+        if self.rope_type == "ntk" and 2 * self.max_position_embeddings <= self.orig_max_position_embeddings:
+            raise ValueError(
+                f"HymbaConfig: rope_type 'ntk' cannot shrink a context of {self.orig_max_position_embeddings} "
+                f"(orig_max_position_embeddings) to {self.max_position_embeddings} (max_position_embeddings); "
+                "use more than half of it, or rope_type None"
+            )
+        for key in TOKEN_IDS:
+            value = getattr(self, key)
+            for token in value if isinstance(value, list) else [] if value is None else [value]:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"HymbaConfig: {key} is {token}; it must lie between 0 and {self.vocab_size - 1} (vocab_size - 1)"
+                    )
+
     def _check_shape(self) -> None:
-        sizes = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "v_head_dim", "num_memory_tokens", "sliding_window", "mamba_expand", "mamba_d_state", "mamba_dt_rank",
-            "max_position_embeddings", "orig_max_position_embeddings",
-        )  # fmt: skip
-        for key in sizes:
-            if getattr(self, key) < 1:
-                raise ValueError(f"HymbaConfig: {key} is {getattr(self, key)}; it must be at least 1")
-        if self.mamba_d_conv < 2:
-            raise ValueError(f"HymbaConfig: mamba_d_conv is {self.mamba_d_conv}; it must be at least 2")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2 or self.head_dim < 4:
             raise ValueError(
                 f"HymbaConfig: hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} "
@@ -205,6 +262,8 @@ class HymbaConfig(PreTrainedConfig):
 
     def _check_layers(self) -> None:
         layers = range(self.num_hidden_layers)
+        if len(set(self.global_attn_idx)) < len(self.global_attn_idx):
+            raise ValueError("HymbaConfig: global_attn_idx names a layer twice")
         for layer in self.global_attn_idx:
             if layer not in layers:
                 raise ValueError(f"HymbaConfig: global_attn_idx names layer {layer}; there are {len(layers)} layers")
@@ -221,13 +280,10 @@ class HymbaConfig(PreTrainedConfig):
             seen |= set(group)
 
 
-def _qualified_auto_map(auto_map: dict[str, str] | None) -> dict[str, str]:
-    """Class references with their repository, so that they resolve from any folder."""
-    classes = {
-        "AutoConfig": "configuration_hymba.HymbaConfig",
-        "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
-    }
-    return {
-        name: reference if "--" in reference else f"{REMOTE_CODE}--{reference}"
-        for name, reference in (classes | (auto_map or {})).items()
-    }
+CONFIG_KEYS = frozenset(
+    {field.name for field in fields(HymbaConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    | FIXED.keys()
+    | CARRIED.keys()
+    | {"architectures", "attn_implementation", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"}
+)
+"""Every key that a Hymba's config.json has a use for. transformers reads more: some name other files, code or kernels."""

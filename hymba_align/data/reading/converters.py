@@ -6,6 +6,8 @@ It is called with one row (a dict) and returns a row of any schema of schemas.py
 where one row becomes several, or None to pass the row over. The recipe's `columns` and `roles` apply to what it returns.
 It runs in several processes at once and its results are cached, so that they may depend on nothing but the row and the
 source code of its module, of the user's modules that it imports, and of this package.
+
+It is the one way in which a recipe runs code, so each is named on the terminal, with its file, before it is imported.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import sys
 import sysconfig
@@ -26,8 +29,10 @@ from typing import Any
 
 from hymba_align.data.reading.json_text import SHOWN, kind
 from hymba_align.errors import DataError
+from hymba_align.secrets import redact
 
 THIS_PACKAGE = __name__.partition(".")[0]  # whose code has a digest of its own
+_named: set[tuple[str, str]] = set()  # converters that this process has named aloud, and their files
 _loaded_from: dict[str, str] = {}  # converters' modules that this process has imported, and their source's digest then
 
 
@@ -118,6 +123,7 @@ def _import(name: str) -> ModuleType:
         raise DataError(f"convert is {name!r}; write it as package.module:function")
     here = os.getcwd()
     importlib.invalidate_caches()
+    _name_aloud(name, module_name, attribute)
     try:
         return _import_from_source(module_name)
     except ModuleNotFoundError as error:
@@ -132,6 +138,39 @@ def _import(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         sys.path.remove(here)
         raise _import_error(name, error) from error
+
+
+def _name_aloud(name: str, module: str, function: str) -> None:
+    """Prints which code is about to run, once per process and file; processes that another one started leave it to that.
+
+    Raises: DataError for Python's own modules: what they do with a row is decided by the row.
+    """
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise DataError(
+            f"convert is {name}, and {module.partition('.')[0]} is a part of Python and no converter; name a function of a "
+            "module of your own"
+        )
+    file = _origin(module)
+    if file is None or (name, file) in _named:
+        return  # or importing it will say that it is not there
+    _named.add((name, file))
+    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+        from hymba_align.data.inspection.preview import visible
+
+        print(f"convert runs code: {function} of the module {module}, from {visible(file)}", flush=True)
+
+
+def _origin(module: str) -> str | None:
+    """The file that importing a module, by `_import`, would run; found without running anything."""
+    specs: dict[str, ModuleSpec | None] = {}
+    if _spec(module.partition(".")[0], specs) is None:
+        top = module.partition(".")[0]
+        specs[top] = PathFinder.find_spec(top, [os.getcwd()])
+    spec = _spec(module, specs)
+    if spec is None:
+        return None
+    places = list(spec.submodule_search_locations or ())
+    return spec.origin if spec.origin not in (None, "namespace") else (places[0] if places else None)
 
 
 def _import_from_source(module_name: str) -> ModuleType:
@@ -151,7 +190,7 @@ def _import_error(name: str, error: BaseException) -> DataError:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0].rstrip(".")
+    text = redact(str(error).strip().split("\n")[0].rstrip("."))
     text = text if len(text) <= 3 * SHOWN else text[: 3 * SHOWN] + "…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 
 from hymba_align.data.reading.raw_rows import DEEPEST, SHOWN, RawRow, json_fault, not_utf8
 from hymba_align.errors import DataError
+from hymba_align.secrets import redact
 
 Kind = Literal["lines", "document", "csv", "tsv", "parquet", "arrow"]
 KINDS: dict[str, Kind] = {
@@ -97,7 +98,7 @@ def reason_of(error: BaseException) -> str:
     cause = error.__cause__ or error
     if type(cause) is FileNotFoundError:
         return "no such file"
-    return str(cause).strip().split("\n")[0].rstrip(".") or type(cause).__name__
+    return redact(str(cause).strip().split("\n")[0].rstrip(".")) or type(cause).__name__
 
 
 def _blocks(file: DataFile) -> Generator[bytes, None, None]:

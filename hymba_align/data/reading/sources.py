@@ -21,6 +21,7 @@ from hymba_align.data.reading.raw_rows import RawRow, parse_row
 from hymba_align.data.reading.readers import KINDS, DataFile, Kind, dataset_rows, readable, reason_of
 from hymba_align.errors import DataError
 from hymba_align.recipe import COMPRESSION_SUFFIXES, SourceSection, is_local_path
+from hymba_align.secrets import shown
 
 __all__ = [
     "CHUNK_BYTES",
@@ -40,6 +41,23 @@ ACCEPTED = ", ".join(KINDS)
 # What file systems call the digest of a file's content; what has none is read through to make one.
 CONTENT_TAGS = ("ETag", "etag", "Content-MD5", "content_md5", "md5Hash", "md5", "crc32c", "blob_id", "sha256")
 NAME_A_FILE = "name a file that exists here, or a data set of the hub"
+REFUSED_PROTOCOLS = frozenset(
+    {
+        "simplecache",
+        "filecache",
+        "blockcache",
+        "cached",
+        "reference",
+        "generic",
+        "asyncwrapper",
+        "dask",
+        "jupyter",
+        "jlab",
+    }
+)
+REFUSED_OPTIONS = frozenset(
+    {"cache_storage", "target_protocol", "remote_protocol", "fo", "fs", "filesystem", "auto_mkdir"}
+)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -127,10 +145,11 @@ def open_source(section: SourceSection) -> Source:
         return _open_hub(section)
     _check_keys(section)
     _forget_archives()
-    with readable(section.path):
+    _check_protocols(section)
+    with readable(shown(section.path)):
         found = _resolve(section)
     names = tuple(file.name for file in found.files)
-    return Source(section.path, names, section.max_rows, tuple(found.files), tuple(found.passed_over))
+    return Source(shown(section.path), names, section.max_rows, tuple(found.files), tuple(found.passed_over))
 
 
 def files_passed_over(section: SourceSection) -> tuple[str, ...]:
@@ -168,8 +187,33 @@ def _check_keys(section: SourceSection) -> None:
     for key in ("subset", "revision", "split"):
         if getattr(section, key) != SourceSection.model_fields[key].default:
             raise DataError(
-                f"{section.path}: {key} is '{getattr(section, key)}', but only data sets of the hub have one; remove it"
+                f"{shown(section.path)}: {key} is '{getattr(section, key)}', but only data sets of the hub have one; remove it"
             )
+
+
+def _check_protocols(section: SourceSection) -> None:
+    """Refuses file systems that write what they read to a folder of the recipe's choice, or read other files than named."""
+    schemes = [hop.partition("://")[0] for hop in section.path.split("::")]
+    for scheme in schemes:
+        if scheme in REFUSED_PROTOCOLS:
+            raise DataError(
+                f"{shown(section.path)}: the file system '{scheme}' keeps copies or follows other files; name the data's own URL"
+            )
+    for key in _all_keys(section.storage_options):
+        if key in REFUSED_OPTIONS or key in REFUSED_PROTOCOLS:
+            raise DataError(
+                f"{shown(section.path)}: storage_options has {key}, by which files are written or others read; remove it"
+            )
+
+
+def _all_keys(options: Any) -> Iterator[str]:
+    if isinstance(options, Mapping):
+        for key, value in options.items():
+            yield str(key)
+            yield from _all_keys(value)
+    elif isinstance(options, (list, tuple)):
+        for value in options:
+            yield from _all_keys(value)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -184,8 +228,8 @@ class _Found(NamedTuple):
 
 def _resolve(section: SourceSection) -> _Found:
     """The files that the section's path means, sorted. Raises: DataError, FileNotFoundError."""
-    path, options = section.path, section.storage_options
-    url = path.removeprefix("file://")
+    path, options = shown(section.path), section.storage_options
+    url = section.path.removeprefix("file://")
     url = os.path.expanduser(url) if "://" not in url else url
     if _is_file(url, options):
         found = _members(path, os.path.abspath(url) if "://" not in url else url, options)
@@ -265,7 +309,7 @@ def _without_query(url: str) -> str:
 
 def _name(given: str, match: str) -> str:
     """A match as the user would write it: relative where the glob or folder is."""
-    return os.path.relpath(match) if "://" not in given and not os.path.isabs(given) else match
+    return os.path.relpath(match) if "://" not in given and not os.path.isabs(given) else shown(match)
 
 
 def _forget_archives() -> None:
@@ -300,6 +344,7 @@ def _content_tag(file: DataFile) -> str:
 
 
 def _open_hub(section: SourceSection) -> Source:
+    _check_no_builder(section.path)
     commit = _commit(section)
     options = {"name": section.subset, "split": section.split, "revision": commit or section.revision}
     given = {key: value for key, value in options.items() if value is not None}
@@ -313,6 +358,16 @@ def _open_hub(section: SourceSection) -> Source:
         dataset = read_hub(section.path, NAME_A_FILE, **given)  # what was downloaded before serves without a network
     identity = _hub_identity(section, commit or getattr(dataset, "_fingerprint", None))
     return Source(section.path, (section.path,), section.max_rows, dataset=dataset, version=identity)
+
+
+def _check_no_builder(path: str) -> None:
+    """Refuses the names that `datasets` takes for its own readers (csv, pandas, sql, ...), which read what lies here."""
+    import pkgutil
+
+    from datasets import packaged_modules
+
+    if path in {module.name for module in pkgutil.iter_modules(packaged_modules.__path__)}:
+        raise DataError(f"{path} is a reader of the library datasets and no data set; {NAME_A_FILE} as owner/name")
 
 
 def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:
