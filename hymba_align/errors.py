@@ -2,12 +2,14 @@
 
 HymbaAlignError              exit code 1: the run failed
 ├── KernelError              a compute kernel is missing or cannot run here
+├── StorageError             something cannot be written: a full disk, a read-only file system
+├── Preempted                exit code 75: stopped by SIGTERM; the same command continues
 └── UsageError               exit code 2: the input is at fault; the message says what to change
     ├── RecipeError          a recipe key or value
     ├── DataError            a data file or one of its rows
     │   └── RenderError      a conversation that the chat template cannot render faithfully
     ├── CheckpointError      a checkpoint or tokenizer that cannot be loaded
-    └── RunFolderError       a run folder that belongs to another run
+    └── RunFolderError       a run folder that belongs to another run, or is in use
 """
 
 from __future__ import annotations
@@ -21,6 +23,16 @@ class HymbaAlignError(Exception):
 
 class KernelError(HymbaAlignError):
     """A compute kernel is missing or cannot run on this machine."""
+
+
+class StorageError(HymbaAlignError):
+    """Something cannot be written: a full disk, a file system that turned read-only or went away."""
+
+
+class Preempted(HymbaAlignError):
+    """SIGTERM stopped the run; what was saved is in the message, and the same command continues."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class UsageError(HymbaAlignError):
@@ -46,4 +58,4 @@ class CheckpointError(UsageError):
 
 
 class RunFolderError(UsageError):
-    """A run folder belongs to another run."""
+    """A run folder belongs to another run, or another process writes to it."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hymba_align.errors import CheckpointError
 from hymba_align.recipe import is_local_path
 
 
@@ -45,9 +46,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def checked_file(folder: Path, name: str, title: str | Path) -> Path | None:
+    """The file of that name in a checkpoint or tokenizer folder; None where there is none.
+
+    Raises: CheckpointError for a link that leads out of the folder, unless into the hub's cache that it belongs to.
+    """
+    file = folder / name
+    if not file.is_symlink() and not file.is_file():
+        return None
+    real, home = file.resolve(), folder.resolve()
+    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not real.is_relative_to(home) and not in_cache:
+        raise CheckpointError(
+            f"{title}: {name} is a link that leads out of the folder, to {real}; put the file itself there"
+        )
+    return file if real.is_file() else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that appears whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text of a JSON file that people may read."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,11 +85,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable, where the system lets a folder be opened for it."""
+def sync_file(path: Path) -> None:
+    """Makes the content of a file durable, whoever wrote it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was created, renamed or removed in a folder durable, where the system lets a folder be opened for it."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)

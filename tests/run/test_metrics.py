@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba_align.errors import RunFolderError
-from hymba_align.metrics import append_metrics, read_metrics
+from hymba_align.run.metrics import append_metrics, read_metrics
 
 RECORD = {"step": 2, "loss": 0.25, "note": "é"}
 

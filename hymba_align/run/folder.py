@@ -2,6 +2,7 @@
 
     runs/<name>/
       recipe.yaml  environment.json
+      .lock  .lease   while a process works here (lock.py)
       base/        only where the base is random weights: base/final, so that it can be scored
       sft/  dpo/   checkpoint-N/ while training, final/, manifest.json, metrics.jsonl
       <stage>.previous/  <stage>.interrupted/   what a stage had when its inputs changed, finished or not
@@ -13,8 +14,10 @@ written here appears whole or not at all: temporary name, fsync, rename.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,11 @@ from hymba_align.environment import environment
 from hymba_align.errors import RunFolderError
 from hymba_align.files import read_json, write_json, write_text
 from hymba_align.recipe import Recipe
+from hymba_align.run.lock import LEASE, LOCK
+
+LOCK_FILES = frozenset({LOCK, LEASE})
+NEVER_FINISHED = re.compile(r"\..*\.\d+\.tmp")
+"""What `write_text` leaves of a file when the process is killed"""
 
 ASIDE = ("previous", "interrupted")  # what a stage had finished, what it had not, when its inputs changed
 MOVING = "moving"  # on its way back
@@ -66,19 +74,24 @@ class RunFolder:
         """Whether the stage was started with these inputs, finished or not."""
         return bool(self.read_manifest(stage).get("started") == fingerprint)
 
-    def mark_started(self, stage: str, fingerprint: str) -> Path | None:
+    def mark_started(
+        self, stage: str, fingerprint: str, contents: Sequence[tuple[str, str | None]] = ()
+    ) -> Path | None:
         """Makes the folder ready for these inputs.
 
         Started with the same inputs before: it stays as it is, or comes back (`restore`), so that the stage can resume.
         Otherwise checkpoints of other inputs move aside, and what holds none is removed.
 
+        Args:
+            contents: names and digests of the data, for the stage to compare with what it reads.
         Returns: the folder that checkpoints moved to, if any did.
         """
         if self.is_started(stage, fingerprint) or self.restore(stage, fingerprint) is not None:
             return None
         moved_to = self._set_aside(stage)
         self.stage_dir(stage)
-        write_json(self.manifest_path(stage), {"stage": stage, "started": fingerprint})
+        started = {"stage": stage, "started": fingerprint, "contents": [list(each) for each in contents]}
+        write_json(self.manifest_path(stage), started)
         return moved_to
 
     def find_aside(self, stage: str, fingerprint: str) -> Path | None:
@@ -147,6 +160,9 @@ def open_run(recipe: Recipe) -> RunFolder:
     check_run_folder(recipe)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+        for path in folder.root.rglob(".*.tmp"):
+            if NEVER_FINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         write_text(folder.root / "recipe.yaml", recipe.dump_yaml())
         write_json(folder.root / "environment.json", environment())
     except OSError as error:
@@ -167,9 +183,10 @@ def check_run_folder(recipe: Recipe) -> None:
         return
     if not root.is_dir():
         raise RunFolderError(f"{root} is a file, and a run needs a folder there; set output_dir to another path")
+    _check_links(root)
     description = root / "recipe.yaml"
     if not description.exists():
-        if any(root.iterdir()):
+        if any(path.name not in LOCK_FILES and not NEVER_FINISHED.fullmatch(path.name) for path in root.iterdir()):
             raise RunFolderError(f"{root} is not empty and holds no run; set output_dir to another folder")
         return
     try:
@@ -181,3 +198,16 @@ def check_run_folder(recipe: Recipe) -> None:
         raise RunFolderError(
             f"{root} belongs to the run '{name}', and this recipe's name is '{recipe.name}'; set output_dir to another folder"
         )
+
+
+def _check_links(root: Path) -> None:
+    """Raises RunFolderError for a link inside the folder through which a run would write outside of it."""
+    home = root.resolve()
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise RunFolderError(
+                    f"{path} is a link that leads out of the run folder, to {path.resolve()}, and a run writes only inside; "
+                    "remove it (output_dir itself may be a link)"
+                )

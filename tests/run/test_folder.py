@@ -12,7 +12,7 @@ from hymba_align.environment import environment
 from hymba_align.errors import RunFolderError
 from hymba_align.files import write_json, write_text
 from hymba_align.recipe import BaseSection, Recipe, load_recipe
-from hymba_align.run_folder import RunFolder, open_run
+from hymba_align.run.folder import RunFolder, open_run
 
 
 def _recipe(root: Path, name: str = "demo") -> Recipe:
