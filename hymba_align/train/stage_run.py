@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
+
+from hymba_align.files import read_json
 from hymba_align.recipe import Recipe, TrainingStage
-from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress
+from hymba_align.run.manifest import find_damage, read_manifest
+from hymba_align.run.storage import writing
+from hymba_align.train.callbacks import MetricsFile, Progress
 from hymba_align.train.common import SHARED_DATASET
+from hymba_align.train.preemption import Preemption, preemptible
+from hymba_align.train.saving import (
+    STATE_FILE,
+    SavesState,
+    checkpoints,
+    discard,
+    last_good_checkpoint,
+    remove_leftovers,
+    stage_inputs,
+)
 from hymba_align.train.settings import stage_section
 
 if TYPE_CHECKING:
@@ -20,67 +34,64 @@ FINAL = "final"
 
 
 def stage_callbacks(stage: TrainingStage, stage_dir: Path) -> list[TrainerCallback]:
-    """Record first, so that metrics.jsonl holds the step at which the guard stopped."""
-    return [MetricsFile(stage_dir), Progress(stage), DivergenceGuard(stage)]
-
-
-def last_complete_checkpoint(stage_dir: Path) -> Path | None:
-    """The newest checkpoint-N that a run can resume from: its trainer_state.json, which is written last, can be read.
-
-    One that ended within an epoch does not count: transformers 5.23 trains a step too many when it resumes there. Delete
-    when it looks at `max_steps` before a step. A stage that has its `final` needs no resuming (`finished_state`).
-    """
-    for path in _checkpoints(stage_dir):
-        state = _read_state(path)
-        if state is not None and (state["global_step"] < state["max_steps"] or float(state["epoch"]).is_integer()):
-            return path
-    return None
+    """SIGTERM first, which has a step logged and saved; then the record, so that it holds the step at which a later one stops."""
+    return [Preemption(stage, stage_dir), MetricsFile(stage_dir), Progress(stage)]
 
 
 def finished_state(stage_dir: Path) -> Path | None:
-    """The trainer_state.json of the last step, where `final` exists too: everything is trained and saved."""
-    for path in _checkpoints(stage_dir):
-        state = _read_state(path)
-        if state is not None and state["global_step"] >= state["max_steps"] and (stage_dir / FINAL).is_dir():
-            return path / "trainer_state.json"
+    """The trainer_state.json of the last step, where a whole `final` exists too: everything is trained and saved."""
+    final = read_manifest(stage_dir / FINAL)
+    if final is None or final.get("inputs") != stage_inputs(stage_dir) or find_damage(stage_dir / FINAL) is not None:
+        return None
+    for path in checkpoints(stage_dir):
+        if find_damage(path) is None:
+            state = read_json(path / STATE_FILE)
+            return path / STATE_FILE if state["global_step"] >= state["max_steps"] else None
     return None
 
 
-def _checkpoints(stage_dir: Path) -> list[Path]:
-    """The folders checkpoint-N, newest first."""
-    found = [path for path in stage_dir.glob("checkpoint-*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+def _where_to_resume(trainer: Trainer, stage_dir: Path) -> tuple[Path | None, Path | None]:
+    """`finished_state` and the last good checkpoint, as the main process finds them, on every process.
 
-
-def _read_state(checkpoint: Path) -> dict[str, Any] | None:
-    """What trainer_state.json holds; None where writing the checkpoint was interrupted."""
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return state
+    Whatever an interrupted save left is removed first.
+    """
+    found: list[Any] = [None]
+    if trainer.is_world_process_zero():
+        remove_leftovers(stage_dir)
+        finished = finished_state(stage_dir)
+        checkpoint = last_good_checkpoint(stage_dir) if finished is None else None
+        if checkpoint is not None:
+            print(f"resuming from {checkpoint.name}", flush=True)
+        elif finished is None and checkpoints(stage_dir):
+            print(f"no checkpoint in {stage_dir} can be used, so training starts afresh", file=sys.stderr, flush=True)
+        found = [(finished, checkpoint)]
+    broadcast_object_list(found)
+    places: tuple[Path | None, Path | None] = found[0]
+    return places
 
 
 def run_stage(trainer: Trainer, stage_dir: Path) -> dict[str, float]:
     """Trains, resuming where an earlier run stopped, and writes `final`; what comes back are summary metrics.
 
     Checkpoints stay: until the caller has recorded that the stage is complete, they tell the next run what is done.
+
+    Raises:
+        Preempted: SIGTERM came, and a checkpoint is written.
+        StorageError: a checkpoint or `final` could not be written.
     """
     from transformers import PrinterCallback, TrainerState
 
     trainer.remove_callback(PrinterCallback)
     metrics = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MetricsFile))
-    finished = finished_state(stage_dir)
+    finished, checkpoint = _where_to_resume(trainer, stage_dir)
     if finished is not None:
         trainer.state = TrainerState.load_from_json(str(finished))
         metrics.count_earlier_tokens(trainer.state)
         runtime_s = 0.0
     else:
-        checkpoint = last_complete_checkpoint(stage_dir)
-        if checkpoint is not None and trainer.is_world_process_zero():
-            print(f"resuming from {checkpoint.name}", flush=True)
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        save_final(trainer, stage_dir)
+        with writing(stage_dir, needed_bytes=lambda: checkpoint_bytes(trainer)), preemptible(trainer):
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            save_final(trainer, stage_dir)
         runtime_s = float(result.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         shutil.rmtree(stage_dir / SHARED_DATASET, ignore_errors=True)
@@ -88,26 +99,29 @@ def run_stage(trainer: Trainer, stage_dir: Path) -> dict[str, float]:
     return summarise(trainer, metrics, runtime_s)
 
 
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """About the size of a checkpoint: weights, float32 master weights beside smaller ones, and Adam's two float32 states."""
+    total = 0
+    for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters():
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))  # of ZeRO-3's whole parameter, not of this part
+        total += count * (parameter.element_size() + (4 if parameter.element_size() < 4 else 0) + 2 * 4)
+    return total
+
+
 def remove_checkpoints(recipe: Recipe, stage: TrainingStage, stage_dir: Path) -> None:
     """Removes a complete stage's checkpoints, unless the recipe says how many to keep (`save_total_limit`)."""
     if "save_total_limit" not in stage_section(recipe, stage).trainer:
-        for folder in stage_dir.glob("checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in checkpoints(stage_dir):
+            discard(folder)
 
 
 def save_final(trainer: Trainer, stage_dir: Path) -> None:
-    """Writes weights, tokenizer and generation configuration to `final` under a temporary name, then renames it."""
-    temporary, final = stage_dir / f".{FINAL}.tmp", stage_dir / FINAL
-    if trainer.is_world_process_zero():
-        shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(temporary))  # every process takes part: ZeRO-3 and FSDP gather the weights here
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    trainer.accelerator.wait_for_everyone()
+    """Writes weights, tokenizer and generation configuration to `final`, with a manifest, whole or not at all."""
+    saver: Any = trainer
+    assert isinstance(saver, SavesState), "a stage's trainer writes its folders"
+    details = {"step": trainer.state.global_step, **saver.description()}
+    # Every process takes part: ZeRO-3 and FSDP gather the weights here.
+    saver.save_whole(stage_dir / FINAL, lambda inside: trainer.save_model(str(inside / FINAL)), details)
 
 
 def summarise(trainer: Trainer, metrics: MetricsFile, runtime_s: float) -> dict[str, float]:
