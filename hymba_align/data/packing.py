@@ -29,15 +29,30 @@ STREAMED_TOGETHER = 2_500  # documents of a stream, whose lengths are not known 
 PADDED_BATCH = 8
 LABELLED_TOGETHER = 100
 NOT_TRAINED = -100  # the label that TRL and torch leave out of the loss
+PLACE = "place"
+"""Column of preparation: where a document, or a pair, was read, as file:line."""
+PLACES = "places"
+"""Column of packed rows: the places of their documents, in order. So a batch that spoils training can be named."""
 
 
 def add_labels(dataset: DatasetT) -> DatasetT:
-    """`input_ids` and `labels` of a dataset with `input_ids` and `assistant_masks`; a label is -100 where the mask is 0."""
-    return _labels_for_masks(dataset.select_columns(["input_ids", "assistant_masks"]))
+    """`input_ids` and `labels` of a dataset with `input_ids` and `assistant_masks`; a label is -100 where the mask is 0.
+
+    The column `place` stays if there is one.
+    """
+    return _labels_for_masks(_with_place(dataset, "assistant_masks"))
+
+
+def _with_place(dataset: DatasetT, marks: str) -> DatasetT:
+    """The columns that become rows: tokens, what marks them, and where they were read."""
+    known = [PLACE] if PLACE in (dataset.column_names or ()) else []
+    return cast("DatasetT", dataset.select_columns(["input_ids", marks, *known]))
 
 
 def pack(dataset: DatasetT, max_length: int) -> DatasetT:
     """Rows of at most `max_length` tokens as `input_ids`, `labels` and `seq_lengths`, the lengths of their documents.
+
+    Where documents have a `place`, rows have `places`, those of their documents in order.
 
     The same on every call, and cached beside the dataset's own file. Documents are taken in order, so many at a time, and
     the rows of each time come out longest document first; trainers shuffle rows.
@@ -46,21 +61,21 @@ def pack(dataset: DatasetT, max_length: int) -> DatasetT:
         dataset: documents as `input_ids`, with `labels` or `assistant_masks`; none is empty or longer than `max_length`.
     """
     from datasets import Dataset
-    from trl.data_utils import pack_dataset
 
     marks = "labels" if "labels" in (dataset.column_names or ()) else "assistant_masks"
-    documents = dataset.select_columns(["input_ids", marks])
+    documents = _with_place(dataset, marks)
+    options: dict[str, Any] = {"batched": True, "fn_kwargs": {"max_length": max_length}}
     if isinstance(documents, Dataset):
         lengths = _lengths(documents)
         _check(lengths, max_length)
         together = _documents_together(lengths)
         fingerprint = _fingerprint(dataset, marks, max_length, together, _trl_version())
-        options: dict[str, Any] = {"batch_size": together, "new_fingerprint": fingerprint}
+        options |= {"batch_size": together, "new_fingerprint": fingerprint}
     else:
-        documents = documents.with_format("arrow").map(_checked, batched=True, fn_kwargs={"max_length": max_length})
-        options = {"batch_size": STREAMED_TOGETHER}
+        options |= {"batch_size": STREAMED_TOGETHER}
+    columns = {"remove_columns": [PLACE]} if PLACE in (documents.column_names or ()) else {}
     with _no_progress_bars():
-        rows = pack_dataset(documents, max_length, "bfd", map_kwargs=options).with_format(None)
+        rows = documents.with_format("arrow").map(_packed, **options, **columns).with_format(None)
     # Masks are a quarter of the size of labels, so they are packed, and made labels afterwards.
     return cast("DatasetT", rows if marks == "labels" else _labels_for_masks(rows))
 
@@ -181,10 +196,47 @@ def _table_lengths(table: Any) -> Counts:
     return lengths
 
 
-def _checked(table: Any, max_length: int) -> Any:
-    """The Arrow table of documents itself."""
+def _packed(table: Any, max_length: int) -> Any:
+    """The Arrow table of rows that TRL packs an Arrow table of documents into.
+
+    TRL packs columns with a value per token, and says how long a row's documents are but not which they are. So what it
+    packs is each token's document number, and the documents follow.
+    """
+    import pyarrow as pa
+
     _check(_table_lengths(table), max_length)
-    return table
+    order, ends, lengths = _best_fit(_table_lengths(table), max_length)
+    documents = table.take(order)
+    columns = {}
+    for name in (name for name in documents.column_names if name != PLACE):
+        column = documents[name].combine_chunks()
+        columns[name] = type(column).from_arrays(pa.array(ends, column.offsets.type), column.flatten())
+    columns["seq_lengths"] = lengths
+    if PLACE in documents.column_names:
+        columns[PLACES] = pa.ListArray.from_arrays(lengths.offsets, documents[PLACE].combine_chunks())
+    return pa.table(columns)
+
+
+def _best_fit(document_lengths: Counts, max_length: int) -> tuple[Counts, Counts, Any]:
+    """The documents' numbers in the order in which rows hold them, where rows begin and end in tokens, and each row's
+    lengths of documents as an Arrow list array."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from trl.data_utils import pack_dataset
+
+    count = len(document_lengths)
+    offsets = np.concatenate([[0], np.cumsum(document_lengths)]).astype(np.int64)
+    numbers = np.repeat(np.arange(count, dtype=np.int32), document_lengths)
+    table = pa.table({"number": pa.LargeListArray.from_arrays(offsets, numbers)})
+    together = {"batch_size": count, "keep_in_memory": True, "new_fingerprint": "packed"}
+    rows = pack_dataset(Dataset(InMemoryTable(table)), max_length, "bfd", map_kwargs=together).with_format("arrow")[:]
+    lengths = rows["seq_lengths"].combine_chunks()
+    packed = rows["number"].combine_chunks()
+    starts = np.concatenate([[0], np.cumsum(lengths.flatten().to_numpy())])[:-1].astype(np.int64)
+    order: Counts = packed.flatten().to_numpy()[starts]
+    ends: Counts = np.concatenate([[0], np.cumsum(packed.value_lengths().to_numpy())]).astype(np.int64)
+    return order, ends, lengths
 
 
 def _check(lengths: Counts, max_length: int) -> None:

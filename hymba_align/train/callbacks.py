@@ -1,4 +1,4 @@
-"""What happens at every log event: a record on disk, a line on the terminal, a stop when training diverges."""
+"""What happens at every log event: a record on disk, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_align.errors import HymbaAlignError
-from hymba_align.metrics import append_metrics, read_metrics, rewrite_metrics
+from hymba_align.run.metrics import append_metrics, read_metrics, rewrite_metrics
 
 LINES_PER_RUN = 20  # progress lines when the output is not a terminal
 
@@ -41,6 +40,14 @@ class MetricsFile(TrainerCallback):
         self.tokens_before = self.tokens = max((record.get("tokens") or 0 for record in kept), default=0)
         return kept
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Logs before every checkpoint and at the end: a run that resumes there averages over its own steps alone."""
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # logging precedes saving
+        return control
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -56,44 +63,6 @@ class MetricsFile(TrainerCallback):
             values["tokens"] = self.tokens = self.tokens_before + int(logs["num_tokens"])
         if state.is_world_process_zero:
             append_metrics(self.stage_dir, {"step": state.global_step, **values})
-
-
-class DivergenceGuard(TrainerCallback):
-    """Stops at the first log event whose loss or gradient norm is not finite, before a checkpoint holds it.
-
-    Needs `logging_nan_inf_filter=False`: the default of transformers replaces such losses by the running mean.
-    """
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if control.should_save or state.global_step >= state.max_steps:
-            control.should_log = True  # logging precedes saving, so the check below precedes it too
-        return control
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        watched = ("loss",) if args.fp16 else ("loss", "grad_norm")  # fp16's loss scaler expects overflowing gradients
-        for key in watched:
-            value = (logs or {}).get(key)
-            if value is not None and not math.isfinite(value):
-                raise HymbaAlignError(self.message(key, float(value), state.global_step, args.learning_rate))
-
-    def message(self, key: str, value: float, step: int, learning_rate: float) -> str:
-        """What went wrong, where, and what to do."""
-        what = f"{self.stage} stopped: {key} is {value} at step {step}"
-        if step <= 1:
-            return f"{what}, before any update, so the starting weights are at fault; check base, or the stage before"
-        return f"{what}; lower {self.stage}.trainer.learning_rate, which is {learning_rate:g}, or raise warmup_steps"
 
 
 class Progress(TrainerCallback):

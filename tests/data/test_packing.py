@@ -94,12 +94,37 @@ def test_labels_may_be_given() -> None:
     assert pack(with_labels, 40).to_list() == pack(dataset, 40).to_list()
 
 
-def test_packed_rows_have_the_columns_of_trl_and_no_others() -> None:
+def test_packed_rows_have_the_columns_of_trl_and_the_places_of_their_documents() -> None:
     dataset = documents([5, 9, 3])
-    dataset = dataset.add_column("place", ["a:1", "a:2", "a:3"])
+    dataset = dataset.add_column("place", ["a:1", "a:2", "a:3"]).add_column("note", ["not for training"] * 3)
     rows = pack(dataset, 40)
-    assert rows.column_names == ["input_ids", "labels", "seq_lengths"]
-    assert rows.to_list() == pack(dataset.select_columns(["input_ids", "assistant_masks"]), 40).to_list()
+    assert rows.column_names == ["input_ids", "labels", "seq_lengths", "places"]
+    without = pack(dataset.select_columns(["input_ids", "assistant_masks"]), 40)
+    assert rows.remove_columns("places").to_list() == without.to_list()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_document_of_a_row_is_named_also_among_documents_of_equal_length(streamed: bool) -> None:
+    rng = np.random.default_rng(3)
+    dataset = documents(rng.integers(1, 12, 300).tolist())
+    dataset = dataset.add_column("place", [f"a.jsonl:{line}" for line in range(1, 301)])
+    expected = dict(zip(dataset["place"], labelled(dataset), strict=True))
+    assert len(set(expected.values())) == 300, "two documents are alike, so that either could be named"
+    if streamed:
+        dataset = dataset.to_iterable_dataset()
+    rows = list(pack(dataset, 40))
+    named = [place for row in rows for place in row["places"]]
+    assert sorted(named) == sorted(expected)
+    assert [expected[place] for place in named] == unpacked(rows)
+
+
+def test_rows_are_those_that_trl_packs() -> None:
+    from trl.data_utils import pack_dataset
+
+    dataset = documents(np.random.default_rng(4).integers(1, 40, 500).tolist())
+    theirs = pack_dataset(dataset.rename_column("assistant_masks", "labels"), 40, "bfd", {"batch_size": 500})
+    ours = pack(dataset, 40)
+    assert (ours["input_ids"][:], ours["seq_lengths"][:]) == (theirs["input_ids"][:], theirs["seq_lengths"][:])
 
 
 def test_a_slice_of_a_dataset_packs_as_its_rows_do() -> None:

@@ -1,17 +1,15 @@
-"""Records, the guard against divergence, and what the terminal shows."""
+"""Records, and what the terminal shows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hymba_align.errors import HymbaAlignError
-from hymba_align.metrics import read_metrics
-from hymba_align.train.callbacks import DivergenceGuard, MetricsFile, Progress
+from hymba_align.run.metrics import read_metrics
+from hymba_align.train.callbacks import MetricsFile, Progress
 
 
 @pytest.fixture
@@ -58,39 +56,13 @@ def test_a_loss_that_is_not_a_number_is_written_as_null(tmp_path: Path, argument
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 4, "loss": None}
 
 
-@pytest.mark.parametrize(
-    ("step", "logs", "message"),
-    [
-        (
-            12,
-            {"loss": float("nan")},
-            "sft stopped: loss is nan at step 12; lower sft.trainer.learning_rate, which is 0.001, or raise warmup_steps",
-        ),
-        (
-            12,
-            {"loss": 1.0, "grad_norm": float("inf")},
-            "sft stopped: grad_norm is inf at step 12; lower sft.trainer.learning_rate, which is 0.001, or raise warmup_steps",
-        ),
-        (
-            1,
-            {"loss": float("inf")},
-            "sft stopped: loss is inf at step 1, before any update, so the starting weights are at fault; check base, or "
-            "the stage before",
-        ),
-    ],
-)
-def test_the_guard_names_the_step(arguments: TrainingArguments, step: int, logs: dict[str, Any], message: str) -> None:
-    with pytest.raises(HymbaAlignError) as raised:
-        DivergenceGuard("sft").on_log(arguments, at_step(step), TrainerControl(), logs=logs)
-    assert str(raised.value) == message
-    assert raised.value.exit_code == 1
-
-
-def test_the_guard_logs_before_every_checkpoint_and_at_the_end(arguments: TrainingArguments) -> None:
-    guard = DivergenceGuard("sft")
-    assert guard.on_step_end(arguments, at_step(3), TrainerControl(should_save=True)).should_log
-    assert guard.on_step_end(arguments, at_step(40), TrainerControl()).should_log
-    assert not guard.on_step_end(arguments, at_step(3), TrainerControl()).should_log
+def test_metrics_are_logged_before_every_checkpoint_and_at_the_end(
+    tmp_path: Path, arguments: TrainingArguments
+) -> None:
+    metrics = MetricsFile(tmp_path)
+    assert metrics.on_step_end(arguments, at_step(3), TrainerControl(should_save=True)).should_log
+    assert metrics.on_step_end(arguments, at_step(40), TrainerControl()).should_log
+    assert not metrics.on_step_end(arguments, at_step(3), TrainerControl()).should_log
 
 
 def test_outside_a_terminal_a_long_run_prints_a_few_compact_lines(
