@@ -10,8 +10,15 @@ from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 
 from hymba_align.recipe import DPOSection, Recipe
-from hymba_align.train.common import load_start, load_start_tokenizer, prepare_once, quiet_libraries, record_data
-from hymba_align.train.dpo_trainer import HymbaDPOTrainer
+from hymba_align.train.common import (
+    check_planned,
+    load_start,
+    load_start_tokenizer,
+    prepare_once,
+    quiet_libraries,
+    record_data,
+)
+from hymba_align.train.dpo_trainer import HymbaDPOTrainer, ScoresLabels
 from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 from hymba_align.train.stage_run import run_stage, stage_callbacks
@@ -46,6 +53,8 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
     prepared = prepare_once(
         lambda: prepare_preferences(data, tokenizer, section.max_length, seed=recipe.seed), stage_dir, arguments
     )
+    if arguments.process_index == 0:
+        check_planned(data, stage_dir)
     trainer = _build_trainer(recipe, start, stage_dir, arguments, tokenizer, prepared)
     check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
     rows = None
@@ -79,16 +88,21 @@ def _build_trainer(
         row_tokens=section.row_tokens,
     )
     with settings_refused_by_trl("dpo"):
-        return HymbaDPOTrainer(
+        trainer = HymbaDPOTrainer(
             model=load_start(recipe, start, tokenizer),
             ref_model=None if arguments.precompute_ref_log_probs else load_start(recipe, start, tokenizer),
             args=arguments,
             data_collator=collator,
-            train_dataset=prepared.dataset.remove_columns("place"),
+            train_dataset=prepared.dataset,
             eval_dataset=prepared.validation.remove_columns("place") if prepared.validation is not None else None,
             processing_class=tokenizer,
             callbacks=stage_callbacks("dpo", stage_dir),
         )
+    if trainer.ref_model is not None:
+        trainer.ref_model = ScoresLabels(trainer.ref_model)  # type: ignore[assignment]  # TRL only calls it
+    trainer.guard_against(section.guard, "dpo", stage_dir)
+    trainer.trains_as(recipe, stage_dir)
+    return trainer
 
 
 def check_nothing_lost(prepared: Prepared, rows: Dataset, max_length: int) -> None:

@@ -37,23 +37,23 @@ from hymba_align.train.preference_rows import (
 )
 from hymba_align.train.reference import Logps, model_code_digest, pairs_digest, reference_logps, weights_digest
 from hymba_align.train.trainer import StageTrainer
+from hymba_align.train.validation import ValidatesEveryRow
 
 NOT_SCORED = -100  # the label that TRL gives to prompts and padding
 OF_PAIRS = ("rewards/", "logps/")
 """Beginnings of the metrics that TRL averages over pairs; the others it averages over tokens."""
 
 
-class HymbaDPOTrainer(StageTrainer, DPOTrainer):
+class HymbaDPOTrainer(ValidatesEveryRow, StageTrainer, DPOTrainer):
     """TRL's trainer, except for what weight decay spares and the following.
 
     - The loss of an optimizer step is the mean over its pairs, however many each process has and each batch holds. TRL
       takes the mean of the batches' means, and gathers metrics in a way that needs equal numbers. (Losses that are
-      not per pair, `IN_BATCH_LOSSES`, are means of the batches' losses weighted by pairs. What accelerate repeats at the
-      end of an epoch, so that all processes have as many batches, counts again.)
+      not per pair, `IN_BATCH_LOSSES`, are means of the batches' losses weighted by pairs.)
     - `train_sampling_strategy: batch_rebalance` balances the tokens that are computed, not those of padded rows.
     - Reference log-probabilities come from a cache that is keyed by content (reference.py).
-    - The policy's language-model head runs where there is a label, on every device, and so does the reference's where
-      its log-probabilities are computed before training.
+    - The language-model head runs where there is a label, on every device (the reference's beside training too, where
+      the trainer is given a `ScoresLabels` as its `ref_model`).
     """
 
     loss_is_scaled_for_ga = True  # by `compute_loss`
@@ -62,7 +62,7 @@ class HymbaDPOTrainer(StageTrainer, DPOTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Pairs of an optimizer step, over all its batches and all processes."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        pairs = sum(map(counted_pairs, batch_samples))
         total: Tensor = self.accelerator.gather(torch.tensor([pairs], device=device)).sum()
         return total
 
@@ -81,16 +81,22 @@ class HymbaDPOTrainer(StageTrainer, DPOTrainer):
         if num_items_in_batch is None:
             return loss
         assert not return_outputs, "training asks for the loss alone"
-        share = len(inputs["input_ids"]) // 2 * self.accelerator.num_processes / num_items_in_batch
+        share = counted_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
         return loss * share
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self._policy.training else "eval"
-        own = len(inputs["input_ids"]) // 2
+        own = counted_pairs(inputs)
         counts = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).tolist()
         self._metrics[mode]["pairs"].append(sum(counts))  # weights for `log`, which takes them out again
         with self._gathering(counts):
-            return super()._compute_loss(ScoresLabels(model), inputs, return_outputs)
+            loss = super()._compute_loss(ScoresLabels(model), inputs, return_outputs)
+        # Some losses are no number where nothing is scored.
+        return loss if own else torch.nan_to_num(loss)
+
+    def leave_out(self, batch: dict[str, Any]) -> None:
+        """Takes the completions out, so that nothing is scored and no pair is left to count."""
+        batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
 
     @contextlib.contextmanager
     def _gathering(self, counts: list[int]) -> Iterator[None]:
@@ -118,6 +124,10 @@ class HymbaDPOTrainer(StageTrainer, DPOTrainer):
                 metrics[key] = [weighted / sum(pairs)]
         super().log(logs, start_time)
 
+    def validation_weight(self, inputs: dict[str, Any]) -> float:
+        """Pairs of a batch."""
+        return float(len(inputs["input_ids"]) // 2)
+
     # ---- rows and batches --------------------------------------------------------------------------------------------
 
     def pack_rows(self, row_tokens: int) -> RowsReport:
@@ -140,7 +150,10 @@ class HymbaDPOTrainer(StageTrainer, DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Transformers', but `batch_rebalance` balances tokens."""
         sampler = super()._get_train_sampler(train_dataset)
-        return TokenBalance.like(sampler, self.args.seed) if isinstance(sampler, BatchRebalanceSampler) else sampler
+        if self.args.train_sampling_strategy != "batch_rebalance":
+            return sampler
+        assert isinstance(sampler, BatchRebalanceSampler), "pairs have a length"
+        return TokenBalance.like(sampler, self.args.seed)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps that column: transformers removes those that the collator does not need before it samples."""
@@ -234,6 +247,11 @@ class HymbaDPOTrainer(StageTrainer, DPOTrainer):
         return self.data_collator
 
 
+def counted_pairs(batch: Mapping[str, Any]) -> int:
+    """Pairs of a batch; 0 where nothing of it is scored (`leave_out`)."""
+    return len(batch["input_ids"]) // 2 if bool(batch["completion_mask"].any()) else 0
+
+
 CONFIG_NAMES = frozenset({"_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache"})
 """Keys of a configuration that say what it is called, or how it is saved and decoded, and change no log-probability."""
 
@@ -283,7 +301,9 @@ class UnequalGather:
     def gather(self, values: Tensor) -> Tensor:
         """Values (own pairs,) of all processes in order."""
         own, most = self._counts[self._accelerator.process_index], max(self._counts)
-        assert values.shape == (own,), f"TRL gathers {tuple(values.shape)} where this process has {own} pairs"
-        padded = F.pad(values, (0, most - own))
+        assert own == 0 or values.shape == (own,), (
+            f"TRL gathers {tuple(values.shape)} where this process has {own} pairs"
+        )
+        padded = F.pad(values[:own], (0, most - own))
         parts = self._accelerator.gather(padded).split(most)
         return torch.cat([part[:count] for part, count in zip(parts, self._counts, strict=True)])

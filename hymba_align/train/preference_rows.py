@@ -17,8 +17,12 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from hymba_align.data.packing import PLACE, PLACES
+from hymba_align.train.guards import places_of
+
 Pair = dict[str, Any]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+OF_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 LENGTH = "length"
 """Column with the tokens that a pair takes; transformers' strategies of sampling by length read it."""
 
@@ -125,7 +129,7 @@ class PreferenceRows(TorchDataset[list[Pair]]):
     """Rows of pairs: an item is the list of a row's pairs, so that one row is one element of a batch."""
 
     def __init__(self, pairs: Dataset, rows: Sequence[Sequence[int]]) -> None:
-        wanted = [name for name in (*IDS, "ref_chosen_logps", "ref_rejected_logps") if name in pairs.column_names]
+        wanted = [name for name in (*IDS, *OF_REFERENCE, PLACE) if name in pairs.column_names]
         self.pairs, self.rows = pairs.select_columns(wanted), rows
 
     def __len__(self) -> int:
@@ -140,6 +144,8 @@ class PreferenceRows(TorchDataset[list[Pair]]):
 class PairCollator(DataCollatorForPreference):
     """TRL's preference batch of pairs, or of all pairs of several rows, plus `shared_prefix_lengths` (B/2,) int64.
 
+    And `places`, where each pair was read, if pairs have a `place`.
+
     Rows i and i + B/2 of the batch begin with that many equal tokens, the pair's prompt. The model reads the key and
     computes them once, and padding never; TRL passes the key on to the model, also for the reference log-probabilities.
     The tensor has half as many rows as the rest of the batch: processes build their own batches, so accelerate never
@@ -153,6 +159,9 @@ class PairCollator(DataCollatorForPreference):
     def torch_call(self, examples: Sequence[Pair | list[Pair]]) -> dict[str, Any]:
         pairs = [pair for example in examples for pair in (example if isinstance(example, list) else [example])]
         batch: dict[str, Any] = super().torch_call(pairs)
+        places = places_of(pairs)
+        if places:
+            batch[PLACES] = places  # the trainer takes them out before the model sees the batch
         if self.share_prefix:
             batch["shared_prefix_lengths"] = torch.tensor([self.shared_length(pair) for pair in pairs])
         return batch

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
@@ -15,14 +16,25 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from hymba_align.data.packing import NOT_TRAINED, add_labels, pack, packing_report
 from hymba_align.recipe import Recipe
-from hymba_align.train.common import load_start, load_start_tokenizer, prepare_once, quiet_libraries, record_data
+from hymba_align.train.common import (
+    check_planned,
+    load_start,
+    load_start_tokenizer,
+    prepare_once,
+    quiet_libraries,
+    record_data,
+)
+from hymba_align.train.guards import NamesRows
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 from hymba_align.train.stage_run import run_stage, stage_callbacks
 from hymba_align.train.trainer import StageTrainer
+from hymba_align.train.validation import ValidatesEveryRow
 
 
-class HymbaSFTTrainer(StageTrainer, SFTTrainer):
-    """TRL's trainer, except for which parameters weight decay spares and that only labelled positions get logits."""
+class HymbaSFTTrainer(ValidatesEveryRow, StageTrainer, SFTTrainer):
+    """TRL's trainer, except for which parameters weight decay spares, that only labelled positions get logits, and that
+    validation's loss is a mean over labels.
+    """
 
     def compute_loss(
         self,
@@ -39,6 +51,14 @@ class HymbaSFTTrainer(StageTrainer, SFTTrainer):
             inputs = {**inputs, **labelled_positions(inputs["labels"])}
         loss: Tensor | tuple[Tensor, Any] = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss
+
+    def leave_out(self, batch: dict[str, Any]) -> None:
+        """Takes the labels out."""
+        batch["labels"] = torch.full_like(batch["labels"], NOT_TRAINED)
+
+    def validation_weight(self, inputs: dict[str, Any]) -> float:
+        """Labels that are predicted in a batch."""
+        return float((inputs["labels"][:, 1:] != NOT_TRAINED).sum())
 
 
 def labelled_positions(labels: Tensor) -> dict[str, Tensor]:
@@ -75,10 +95,13 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
         arguments,
         streaming=data.streaming,
     )
+    if arguments.process_index == 0 and not data.streaming:
+        check_planned(data, stage_dir)
     to_rows = partial(training_rows, max_length=section.max_length, packing=bool(arguments.packing))
     with arguments.main_process_first(desc="packing"):  # the others find its result in the cache
         rows = to_rows(prepared.dataset)
-        validation_rows = to_rows(prepared.validation) if prepared.validation is not None else None
+        validation = prepared.validation.remove_columns("place") if prepared.validation is not None else None
+        validation_rows = to_rows(validation) if validation is not None else None
     with settings_refused_by_trl("sft"):
         trainer = HymbaSFTTrainer(
             model=load_start(recipe, start, tokenizer),
@@ -88,6 +111,9 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
             processing_class=tokenizer,
             callbacks=stage_callbacks("sft", stage_dir),
         )
+    trainer.data_collator = NamesRows(trainer.data_collator)
+    trainer.guard_against(section.guard, "sft", stage_dir)
+    trainer.trains_as(recipe, stage_dir)
     if not data.streaming:
         check_nothing_lost(prepared.dataset, rows)
     if arguments.process_index == 0 and not data.streaming:
@@ -103,6 +129,8 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
 
 def training_rows(dataset: Dataset, *, max_length: int, packing: bool) -> Dataset:
     """The rows that TRL's collator takes: `input_ids`, `labels` and, where conversations are packed, `seq_lengths`.
+
+    Beside these, where each conversation was read: `place`, or the `places` of those that a row holds.
 
     They are packed here and not by TRL, which packs 1,000 at a time and leaves more room empty.
     """

@@ -6,6 +6,11 @@ import re
 
 import torch
 
+from hymba_align.train.batches import CountsRowsOnce
+from hymba_align.train.engine import ChecksEngine
+from hymba_align.train.guards import GuardsBatches
+from hymba_align.train.saving import SavesState
+
 # Parameters that weight decay must spare besides norms and biases, which transformers spares by itself:
 # decaying A_log or D pulls the recurrence towards one fixed time scale, and meta tokens are learned activations.
 NO_DECAY = re.compile(r"(^|\.)(A_log|D)\.\d+$|(^|\.)memory_tokens$")
@@ -24,5 +29,5 @@ class SparesRecurrence:
         return [name for name in names if not NO_DECAY.search(name)]
 
 
-class StageTrainer(SparesRecurrence):
+class StageTrainer(GuardsBatches, CountsRowsOnce, SavesState, ChecksEngine, SparesRecurrence):
     """The mixins of a stage's trainer in the order in which they wrap TRL's."""

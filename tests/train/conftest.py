@@ -38,6 +38,23 @@ def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_base: dic
     return make
 
 
+@pytest.fixture(scope="session")
+def deepspeed_file() -> Callable[[Path, str | None], str | None]:
+    """Writes the shipped file of a ZeRO engine into a folder; None for no engine."""
+
+    def write(folder: Path, engine: str | None) -> str | None:
+        if engine is None:
+            return None
+        content = json.loads((ROOT / "accelerate_configs" / "deepspeed" / f"{engine}.json").read_text())
+        if content["zero_optimization"]["stage"] == 3:  # divide parameters of this size too
+            content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = folder / f"{engine}.json"
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
 @pytest.fixture
 def data_rows() -> Callable[[Recipe], list[dict[str, Any]]]:
     """The rows that a recipe trains on, as its file has them."""

@@ -15,8 +15,8 @@ from trl import DPOConfig, DPOTrainer
 from hymba_align.checkpoint import load_model
 from hymba_align.data.prepare import prepare_preferences
 from hymba_align.data.rendering import render
-from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
+from hymba_align.run.metrics import read_metrics
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train.common import load_start, load_start_tokenizer, quiet_libraries
 from hymba_align.train.dpo import train_dpo
@@ -24,6 +24,7 @@ from hymba_align.train.dpo_trainer import HymbaDPOTrainer, ScoresLabels
 from hymba_align.train.preference_rows import PairCollator
 from hymba_align.train.settings import trainer_arguments
 from hymba_align.train.trainer import StageTrainer
+from hymba_align.train.validation import ValidatesEveryRow
 
 PAIR = {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]}
 
@@ -46,7 +47,9 @@ def build_trainer(recipe: Recipe, folder: Path, *, share_prefix: bool) -> DPOTra
 
 
 def test_what_differs_from_trls_trainer_is_this_and_nothing_else() -> None:
-    assert HymbaDPOTrainer.__mro__[:3] == (HymbaDPOTrainer, StageTrainer, DPOTrainer)
+    before_trl = HymbaDPOTrainer.__mro__[: HymbaDPOTrainer.__mro__.index(DPOTrainer)]
+    assert before_trl[:3] == (HymbaDPOTrainer, ValidatesEveryRow, StageTrainer)
+    assert all(one.__module__.startswith("hymba_align.train.") for one in before_trl)
     overridden = {name for name in vars(HymbaDPOTrainer) if hasattr(DPOTrainer, name) and not name.startswith("__")}
     assert overridden == {
         "loss_is_scaled_for_ga",  # the mean over the pairs of a step
@@ -86,19 +89,16 @@ def test_a_stage_scores_labelled_positions_only(
 
     def load_watching(*given: Any) -> Any:
         model = load_start(*given)
-        if not policies:
-            model.model.register_forward_hook(lambda *made: scored.append(made[2].last_hidden_state.shape[1]))
-        policies.append(model)
+        model.model.register_forward_hook(lambda *made: scored.append(made[2].last_hidden_state.shape[1]))
         return model
 
-    policies: list[Any] = []
     monkeypatch.setattr(dpo_module, "load_start", load_watching)
     recipe = make_recipe(rows=4, per_device_train_batch_size=4, precompute_ref_log_probs=precompute)
     train_dpo(recipe, None, tmp_path / "dpo")
     (trained,) = {
         source["trained_tokens"] for source in json.loads((tmp_path / "dpo" / "data.json").read_text())["sources"]
     }
-    assert scored == [trained] * (2 if precompute else 1)  # the pass for the reference, and training
+    assert scored == [trained] * 2  # the reference's pass, before training or beside it, and the policy's
 
 
 def test_padded_embeddings_are_free_before_the_layers_start(make_recipe: Any, tmp_path: Path) -> None:

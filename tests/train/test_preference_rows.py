@@ -17,8 +17,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hymba_align.checkpoint import load_model
 from hymba_align.errors import RecipeError
-from hymba_align.metrics import read_metrics
 from hymba_align.recipe import Recipe
+from hymba_align.run.metrics import read_metrics
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train.dpo import train_dpo
 from hymba_align.train.dpo_trainer import HymbaDPOTrainer, UnequalGather
@@ -30,8 +30,8 @@ from hymba_align.train.preference_rows import (
     best_fit_rows,
     pair_tokens,
 )
+from hymba_align.train.saving import last_good_checkpoint
 from hymba_align.train.settings import trainer_settings
-from hymba_align.train.stage_run import last_complete_checkpoint
 
 # Plain gradient descent: at a rate of 1 the weights move by the gradients themselves.
 DESCENT = {
@@ -265,7 +265,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_weights(
         patch.setattr(HymbaDPOTrainer, "training_step", stops)
         with pytest.raises(Interrupted):
             train_dpo(recipe, None, tmp_path / "cut")
-    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    checkpoint = last_good_checkpoint(tmp_path / "cut")
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-2"
     train_dpo(recipe, None, tmp_path / "cut")
