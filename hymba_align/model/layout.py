@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hymba_align.model.rows import take_rows
 from hymba_align.model.segments import ROOT, SegmentTree, document_lengths
 
 
@@ -38,7 +39,7 @@ class Layout:
         """(L, D) -> (B, T, D), zeros at padding."""
         if self.give_BT is None:
             return x_LD.unflatten(0, (batch, -1))
-        return torch.cat([x_LD, x_LD.new_zeros(1, x_LD.shape[1])])[self.give_BT.to(x_LD.device)]
+        return take_rows(torch.cat([x_LD, x_LD.new_zeros(1, x_LD.shape[1])]), self.give_BT.to(x_LD.device))
 
     def tokens_at(self, positions: Tensor) -> Tensor:
         """(n,) tokens of the row that positions of the flattened batch, (n,) or (1, n), show.

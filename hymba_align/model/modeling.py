@@ -33,6 +33,7 @@ from hymba_align.model.layers import (
 )
 from hymba_align.model.layout import Layout, lay_out
 from hymba_align.model.plan import ForwardPlan
+from hymba_align.model.rows import take_rows
 from hymba_align.model.segments import ROOT, SegmentTree
 
 LOGITS_AT_ONCE = 2**25
@@ -179,7 +180,7 @@ class HymbaModel(HymbaPreTrainedModel):
             states = tuple(layout.unpack(state[plan.meta_tokens :], batch) for state in (*inputs, x_LD))
         x_LD = x_LD[plan.meta_tokens :]
         return BaseModelOutputWithPast(
-            last_hidden_state=layout.unpack(x_LD, batch) if kept is None else x_LD[kept][None],
+            last_hidden_state=layout.unpack(x_LD, batch) if kept is None else take_rows(x_LD, kept)[None],
             past_key_values=cache,
             hidden_states=states,
         )
@@ -371,7 +372,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
                 loss = self._summed_loss(hidden_BTD[0], targets) / (len(targets) if num_items is None else num_items)
             else:
                 loss = self.loss_function(
-                    logits.flatten(0, 1)[predicting.to(logits.device)],
+                    take_rows(logits.flatten(0, 1), predicting.to(logits.device)),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,

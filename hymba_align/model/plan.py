@@ -143,13 +143,8 @@ def rotary_angles(config: HymbaConfig, positions_L: Tensor) -> tuple[Tensor, Ten
     size = config.head_dim
     base = config.rope_theta
     if config.rope_type == "ntk":
+        # Above 0, as the configuration checks; else the base would be complex.
         stretch = 2 * config.max_position_embeddings / config.orig_max_position_embeddings - 1
-        if stretch <= 0:
-            raise ValueError(
-                f"rope_type 'ntk' cannot shrink a context of {config.orig_max_position_embeddings} "
-                f"(orig_max_position_embeddings) to {config.max_position_embeddings} (max_position_embeddings); "
-                "use more than half of it, or rope_type None"
-            )
         base *= stretch ** (size / (size - 2))
     exponent = torch.arange(0, size, 2, dtype=torch.int64, device=positions_L.device).float() / size
     angles = positions_L.float()[:, None] / base**exponent

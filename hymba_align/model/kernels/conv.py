@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_align.model.kernels.interface import ConvRow
+from hymba_align.model.rows import take_rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class GatherConv(ConvRow):
         if initial_tails is not None:
             source.append(initial_tails.to(u.dtype).flatten(0, 1))
         extended = torch.cat(source)
-        expanded = extended[self.expanded]
+        expanded = take_rows(extended, self.expanded)
         taps = weight.shape[1]
         outputs = len(expanded) - taps + 1
         weight = weight.to(u.dtype)
@@ -78,4 +79,4 @@ class GatherConv(ConvRow):
         for tap in range(taps - 1):
             y = y + expanded[tap : tap + outputs] * weight[:, tap]
         y = y[self.tokens_T]
-        return F.silu(y) if silu else y, extended[self.tails]
+        return F.silu(y) if silu else y, take_rows(extended, self.tails)
