@@ -17,7 +17,7 @@ from pathlib import Path
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 FOLDER_ARGUMENT = {"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1, "os.link": 2, "os.symlink": 2}
 """Events that change a folder, and which argument is the descriptor of an open folder that the path is relative to, or -1."""
-SYNC = "os.fsync"
+SYNC, SYNC_FOLDER = "os.fsync", "os.fsync(folder)"
 
 
 def file_operations(work: Callable[[], object], folders: Sequence[Path], log: Path) -> list[str]:
@@ -113,7 +113,8 @@ def _watched(work: Callable[[], object], folders: Sequence[Path], visit: Callabl
 
     def fsync(descriptor: int) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        seen(SYNC, os.readlink(f"/proc/self/fd/{number}"))
+        path = os.readlink(f"/proc/self/fd/{number}")
+        seen(SYNC_FOLDER if os.path.isdir(path) else SYNC, path)
         sync(descriptor)
 
     os.fsync = fsync  # type: ignore[assignment]

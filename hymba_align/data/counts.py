@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hymba_align.data.reading.examples import Lost
 from hymba_align.data.reading.schemas import Schema, unread_columns
 from hymba_align.recipe import TrainingStage
+from hymba_align.secrets import shown
 
 if TYPE_CHECKING:
     from hymba_align.data.settings import Settings
@@ -112,7 +113,7 @@ class SourceCounts:
         source = settings.source
         unread = unread_columns(counts.columns, schema, source) if schema is not None else counts.unread_columns
         return cls(
-            name=source.path,
+            name=shown(source.path),
             schema=schema.name if schema is not None else f"by {source.convert}",
             stage=settings.stage,
             repeat=source.repeat,

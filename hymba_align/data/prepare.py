@@ -28,6 +28,7 @@ from hymba_align.data.template import has_generation_markers
 from hymba_align.data.workers import ordered_map
 from hymba_align.errors import DataError
 from hymba_align.recipe import DataSection, SourceSection, TrainingStage
+from hymba_align.secrets import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -208,11 +209,11 @@ def _schema(source: SourceSection, opened: Source, stage: TrainingStage) -> Sche
             raise DataError(f"{raw.place}: {error}") from error
         if source.examples_per_conversation > 1 and schema.name != "question_answer":
             raise DataError(
-                f"{source.path}: examples_per_conversation is {source.examples_per_conversation}, but only rows of "
+                f"{shown(source.path)}: examples_per_conversation is {source.examples_per_conversation}, but only rows of "
                 "question and answer can be joined; set it to 1"
             )
         return schema
-    raise DataError(f"{source.path}: no row can be read; 'hymba-align data check {source.path}' lists what is wrong")
+    raise DataError(f"{shown(source.path)}: no row can be read; 'hymba-align data check' lists what is wrong")
 
 
 def _records(
@@ -236,6 +237,7 @@ def _records(
 def _key(settings: Settings, opened: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Everything that a source's records depend on."""
     source = settings.source.model_dump(exclude={"repeat", "storage_options"})
+    source["path"] = shown(settings.source.path)
     return {
         **asdict(settings),
         "source": source,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,8 @@ ResultT = TypeVar("ResultT")
 
 WORTH_PROCESSES = 4  # chunks; starting processes for fewer takes longer than it saves
 AHEAD_PER_WORKER = 3  # chunks in flight, which bounds the memory
+
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 
 _function: Callable[[Any], Any] | None = None  # of a worker process, set once when it starts
 
@@ -43,7 +47,7 @@ def ordered_map(
         yield from map(function, chain(first, remaining))
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, os.getpid())) as pool:
         waiting: deque[Future[ResultT]] = deque()
         try:
             for item in chain(first, remaining):
@@ -62,10 +66,20 @@ def ordered_map(
                 future.cancel()
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
+    _end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process, and no warning about the fork
+
+
+def _end_with(parent: int) -> None:
+    """Has the system kill this process when its parent is killed: it would wait for work for ever. Linux only."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before the line above
+        os._exit(1)
 
 
 def _apply(item: Any) -> Any:

@@ -254,3 +254,43 @@ def test_another_process_that_was_faster_is_no_error(tmp_path: Path, monkeypatch
             (other / "file").write_text("theirs")
 
     assert (cache.cached({"key": 1}, build) / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_damaged_entry_is_named_and_made_again(
+    small: Any, data: Path, builds: list[str], capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    import datasets
+
+    section = DataSection(path=str(data))
+    first = prepare_sft(section, small, 512, seed=0).dataset.to_list()
+    (records,) = (Path(datasets.config.HF_DATASETS_CACHE) / cache.FOLDER).glob("*/records.arrow")
+    content = bytearray(records.read_bytes())
+    if damage == "cut":
+        records.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        records.write_bytes(content)
+    else:
+        records.unlink()
+    again = prepare_sft(section, small, 512, seed=0)
+    assert len(builds) == 2
+    assert again.dataset.to_list() == first
+    reason = (
+        f"[Errno 2] No such file or directory: '{records}'"
+        if damage == "missing"
+        else "records.arrow is not what was written"
+    )
+    assert capsys.readouterr().err == f"prepared data in {records.parent} is damaged ({reason}); it is made again\n"
+
+
+def test_what_a_killed_process_had_begun_is_removed_and_what_a_living_one_has_begun_is_not(tmp_path: Path) -> None:
+    root = cache.cache_folder({"key": 1}).parent
+    root.mkdir(parents=True)
+    (root / ".abandoned").mkdir()
+    (root / ".abandoned" / cache.LOCK).touch()
+    with cache._new_folder(root, "begun") as begun:
+        (begun / "half").write_text("half")
+        cache.cached({"key": 2}, lambda folder: (folder / "file").write_text("all") and None)
+        assert (begun / "half").read_text() == "half"
+    assert [path.name for path in root.iterdir()] == [cache.digest({"key": 2})]

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +72,37 @@ def test_what_a_process_raises_reaches_the_reader() -> None:
     results = ordered_map(raise_at_seven, range(20), 2)
     with pytest.raises(KeyError, match="seven"):
         list(results)
+
+
+WAITING = """
+import os, time
+from hymba_align.data.workers import ordered_map
+for process in ordered_map(lambda item: os.getpid(), range(20), 2):
+    print(process, flush=True)
+    time.sleep(0.05)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends them on Linux only")
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = {int(parent.stdout.readline()) for _ in range(6)}
+        assert parent.pid not in workers
+        assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.monotonic() + 10
+    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_runs(worker) for worker in workers)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there and not merely waiting for somebody to read its exit code."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -1,0 +1,93 @@
+"""A run that was killed in every phase and given again each time ends with the bits of a run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_align.run.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ["data preparation", "a step", "a save", "between stages", "evaluation"]
+TIMES = ("runtime", "per_second")
+"""Parts of the names of metrics that are about time."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked from a process that has threads")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with the runs `whole` and `killed`, and what was printed."""
+    folder = tmp_path_factory.mktemp("kills")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_the_run_was_killed_once_in_every_phase_and_resumed(runs: tuple[Path, str]) -> None:
+    out = runs[1].splitlines()
+    assert json.loads(out[-1]) == PHASES
+    resumed = [line for line in out if line.startswith("resuming from")]
+    assert resumed == ["resuming from checkpoint-2", "resuming from checkpoint-4"]
+    assert sum("SFT: done" in line for line in out) == 2  # of the run that nobody killed, and once of the other
+    assert sum("DPO: done" in line for line in out) == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_its_final_weights_are_those_of_a_run_that_nobody_killed_bit_for_bit(
+    runs: tuple[Path, str], stage: str
+) -> None:
+    whole, killed = (
+        (runs[0] / run / stage / "final" / "model.safetensors").read_bytes() for run in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_its_stages_did_train(runs: tuple[Path, str]) -> None:
+    sft, dpo = ((runs[0] / "whole" / stage / "final" / "model.safetensors").read_bytes() for stage in ("sft", "dpo"))
+    assert len(sft) == len(dpo)
+    assert sft != dpo
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_its_metrics_have_every_step_once(runs: tuple[Path, str], stage: str) -> None:
+    def told(run: str) -> list[dict[str, Any]]:
+        records = [record for record in read_metrics(runs[0] / run / stage) if "loss" in record]
+        return [
+            {key: value for key, value in each.items() if not any(part in key for part in TIMES)} for each in records
+        ]
+
+    assert [record["step"] for record in told("killed")] == [1, 2, 3, 4, 5]
+    assert told("killed") == told("whole")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_its_scores_are_the_same(runs: tuple[Path, str], stage: str) -> None:
+    whole, killed = (
+        json.loads((runs[0] / run / "eval" / stage / "gsm8k.json").read_text()) for run in ("whole", "killed")
+    )
+    assert whole.pop("wall_s") > 0
+    assert killed.pop("wall_s") > 0
+    assert whole == killed
+
+
+def test_nothing_of_the_kills_is_left(runs: tuple[Path, str]) -> None:
+    def names(run: str) -> list[str]:
+        return sorted(path.relative_to(runs[0] / run).as_posix() for path in (runs[0] / run).rglob("*"))
+
+    assert names("killed") == names("whole")
+    left = [path.name for path in (runs[0] / "cache of killed" / "hymba_align").iterdir() if path.name.startswith(".")]
+    assert left == []
