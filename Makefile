@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RECIPE ?= recipes/tiny/arithmetic.yaml
+WORKERS ?= 2
 
 .PHONY: install demo test bench-quick lint clean
 install: $(STAMP)
@@ -22,7 +23,7 @@ demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/hymba-align run $(RECIPE)
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench-quick: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quick.py

@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"  # tests share the cores, and a fork of a process with OpenMP threads hangs
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "160"
 
