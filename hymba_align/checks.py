@@ -14,18 +14,18 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba
+import torch
+
+from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba, checkpoint_config
 from hymba_align.errors import DataError, RecipeError
-from hymba_align.files import read_json
-from hymba_align.launch import inside_launcher, needs_launch, rank
+from hymba_align.processes.engines import engine_name, machines, requested_engine, written_elsewhere
+from hymba_align.processes.launch import inside_launcher, needs_launch, rank
+from hymba_align.processes.slurm import slurm_step
 from hymba_align.recipe import Recipe, TrainingStage, is_local_path, resolved_eval
-from hymba_align.run_folder import check_run_folder
+from hymba_align.run.folder import check_run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Settings about processes that exist only once accelerate has started them.
-OF_MANY_PROCESSES = {"deepspeed", "fsdp", "fsdp_config", "parallelism_config"}
 
 # Values that TRL 1.16 refuses only while it trains; delete a key when its configuration class refuses them.
 CHOICES = {
@@ -61,8 +61,7 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
     tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
     context = _checked_context(recipe, tokenizer)
     _check_lengths(recipe, context, scores=scores)
-    if recipe.launch.accelerate_config is not None:
-        _check_accelerate_config(recipe.launch.accelerate_config)
+    _check_launch(recipe, stages)
     for stage in recipe.training_stages:
         _check_settings(recipe, stage)
     if scores:
@@ -107,11 +106,10 @@ def _checked_context(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) 
         return int(base_config(base, tokenizer).max_position_embeddings) if tokenizer is not None else None
     if not is_local_path(base.model):
         return None
-    config = read_json(Path(base.model) / "config.json")
-    if tokenizer is not None and isinstance(config.get("vocab_size"), int):
-        check_embeddings(base.model, config["vocab_size"], tokenizer)
-    context = config.get("max_position_embeddings")
-    return context if isinstance(context, int) else None
+    config = checkpoint_config(base.model)
+    if tokenizer is not None:
+        check_embeddings(base.model, config.vocab_size, tokenizer)
+    return int(config.max_position_embeddings)
 
 
 def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None:
@@ -127,22 +125,31 @@ def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None
         check_context(context, resolved_eval(recipe))
 
 
-def _check_accelerate_config(path: str) -> None:
-    import yaml
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    if not Path(path).is_file():
-        raise RecipeError(f"launch.accelerate_config is {path}, which does not exist; accelerate_configs/ holds some")
-    try:
-        config = load_config_from_file(path)
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"launch.accelerate_config {path} is not an accelerate configuration: {reason}") from error
-    if config.num_machines > 1 and not inside_launcher():
+def _check_launch(recipe: Recipe, stages: Sequence[TrainingStage]) -> None:
+    """Raises where another engine, or another number of processes, would train than the recipe asks for."""
+    launch, engine = recipe.launch, requested_engine(recipe.launch)
+    written = written_elsewhere(launch)
+    if written is not None:
         raise RecipeError(
-            f"launch.accelerate_config {path} names {config.num_machines} machines; start each of them with 'accelerate "
-            f"launch --config_file {path} --machine_rank N -m hymba_align sft RECIPE' (then dpo)"
+            f"{engine_name(launch)}, which sets {written}: it writes outside of the run folder; remove it"
         )
+    if engine == "single" and launch.num_processes > 1:
+        raise RecipeError(
+            f"{engine_name(launch)}, which is one process (distributed_type NO), and launch.num_processes is "
+            f"{launch.num_processes}; choose another file, or launch.launcher"
+        )
+    if stages and machines(launch) > 1 and not inside_launcher() and slurm_step() is None:
+        raise RecipeError(
+            f"{engine_name(launch)}, which is made for several machines; in Slurm submit recipes/hymba-1.5b/slurm.sh, "
+            "elsewhere start on each machine 'torchrun --nnodes MACHINES --nproc_per_node GPUS --rdzv_backend c10d "
+            "--rdzv_endpoint HOST_0:29500 -m hymba_align sft RECIPE' (then dpo)"
+        )
+    for stage in recipe.training_stages if engine.startswith("fsdp") else ():
+        if getattr(recipe, stage).trainer.get("use_cpu", not torch.cuda.is_available()):
+            raise RecipeError(
+                f"{engine_name(launch)}, and {stage} computes on the CPU, where accelerate trains with plain DDP instead, or "
+                "with processes that never meet; take a machine with GPUs, or launch.launcher=zero3"
+            )
 
 
 def _check_settings(recipe: Recipe, stage: TrainingStage) -> None:
@@ -160,8 +167,7 @@ def _check_settings(recipe: Recipe, stage: TrainingStage) -> None:
     if needs_launch(recipe):
         # For processes on another device than this one, which only plans and must not take memory of the first GPU.
         section = getattr(recipe, stage)
-        kept = {key: value for key, value in section.trainer.items() if key not in OF_MANY_PROCESSES}
-        section = section.model_copy(update={"trainer": {**kept, "use_cpu": True}})
+        section = section.model_copy(update={"trainer": {**section.trainer, "use_cpu": True}})
         recipe = recipe.model_copy(update={stage: section})
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         trainer_arguments(recipe, stage, SFTConfig if stage == "sft" else DPOConfig, Path(folder))

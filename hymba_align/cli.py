@@ -1,10 +1,12 @@
 """The command line. Nothing heavy is imported before a command runs, so that --help answers at once.
 
-Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 75 stopped by SIGTERM, 130 interrupted; after the last two,
+and after most failures, the same command continues.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hymba_align import __version__
-from hymba_align.errors import HymbaAlignError
+from hymba_align.errors import HymbaAlignError, Preempted, StorageError
+from hymba_align.processes import signals
+from hymba_align.secrets import RedactingStream, redact
 
 if TYPE_CHECKING:
     from hymba_align.eval import TaskResult
@@ -29,6 +33,32 @@ dry_run_option = click.option(
 )
 
 
+def launch_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --launcher and --num-processes, which reach the command as overrides of the recipe's section launch."""
+
+    @functools.wraps(command)
+    def with_overrides(
+        *, overrides: tuple[str, ...], launcher: str | None, num_processes: int | None, **given: Any
+    ) -> None:
+        chosen = {"launcher": launcher, "num_processes": num_processes}
+        added = tuple(f"launch.{key}={value}" for key, value in chosen.items() if value is not None)
+        command(overrides=(*overrides, *added), **given)
+
+    for option in (
+        click.option(
+            "--num-processes",
+            type=int,
+            metavar="N",
+            help="How many processes train, on all machines together; the recipe's number or 1 otherwise. Each adds its batch to the global one.",
+        ),
+        click.option(
+            "--launcher", metavar="NAME", help="How they train together: a file of accelerate_configs/, such as zero2."
+        ),
+    ):
+        with_overrides = option(with_overrides)
+    return with_overrides
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of a command line (that of this process by default); prints one sentence for errors of the user."""
     try:
@@ -37,19 +67,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; the same command continues.", err=True)
+        if _speaks_for_all():
+            click.echo("Interrupted; the same command continues, a stage from its last checkpoint.", err=True)
         return INTERRUPTED
-    except HymbaAlignError as error:
+    except Preempted as error:
+        return _preempted(str(error))
+    except Exception as error:
+        if signals.requested() and not isinstance(error, StorageError):
+            # What SIGTERM did to other processes of this run (data workers, other ranks), as this one saw it.
+            what = " ".join(str(error).split())
+            return _preempted(
+                f"stopped by SIGTERM, and then {type(error).__name__}: {what}; the same command continues"
+            )
+        if not isinstance(error, HymbaAlignError):
+            raise
         from hymba_align.data.inspection.preview import visible
 
-        click.echo(f"{_rank_prefix()}Error: {visible(' '.join(str(error).splitlines()))}", err=True)
+        click.echo(f"{_rank_prefix()}Error: {visible(redact(' '.join(str(error).splitlines())))}", err=True)
         return error.exit_code
     return code if isinstance(code, int) else 0
 
 
+def _preempted(what: str) -> int:
+    if _speaks_for_all():
+        click.echo(f"{_rank_prefix()}Preempted: {redact(what)}.", err=True)
+    return Preempted.exit_code
+
+
+def _speaks_for_all() -> bool:
+    """Whether this is the only process, or the first of those that a command has started."""
+    from hymba_align.processes.agent import STARTED_BY_US
+
+    return STARTED_BY_US not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def stops_on_sigterm(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command checkpoint and end with exit code 75 when the cluster takes the machine back."""
+
+    @functools.wraps(command)
+    def stopping(*arguments: Any, **given: Any) -> None:
+        with signals.stop_on_sigterm():
+            try:
+                command(*arguments, **given)
+            except signals.Terminated:
+                raise Preempted("stopped by SIGTERM; the same command continues") from None
+
+    return stopping
+
+
 def entry_point() -> None:
-    """The console script."""
-    sys.exit(main())
+    """The console script, on whose streams no secret is written: not in a message, a log line or a traceback."""
+    sys.stdout, sys.stderr = RedactingStream(sys.stdout), RedactingStream(sys.stderr)
+    code = main()
+    if code == Preempted.exit_code:
+        signals.end_soon()
+    sys.exit(code)
 
 
 def _rank_prefix() -> str:
@@ -66,7 +138,9 @@ def cli() -> None:
 @cli.command(short_help="All stages of a recipe: SFT, DPO, scores, report.")
 @recipe_argument
 @overrides_argument
+@launch_options
 @dry_run_option
+@stops_on_sigterm
 def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Run all stages of RECIPE: score the base, SFT, score, DPO, score, report.
 
@@ -88,7 +162,9 @@ def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command(short_help="Supervised fine-tuning alone.")
 @recipe_argument
 @overrides_argument
+@launch_options
 @dry_run_option
+@stops_on_sigterm
 def sft(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Run the SFT stage of RECIPE, from its base to runs/NAME/sft/final.
 
@@ -102,7 +178,9 @@ def sft(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command(short_help="Direct preference optimisation alone.")
 @recipe_argument
 @overrides_argument
+@launch_options
 @dry_run_option
+@stops_on_sigterm
 def dpo(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Run the DPO stage of RECIPE, from its SFT checkpoint (or its base, without a section sft) to runs/NAME/dpo/final.
 
@@ -136,6 +214,7 @@ def _run_training_stage(stage: str, recipe: Path, overrides: tuple[str, ...], dr
     show_default=True,
     help="'hymba', 'released' (the one in the checkpoint), or a .jinja file.",
 )
+@stops_on_sigterm
 def evaluate(checkpoint: str, overrides: tuple[str, ...], tasks: str, output: Path | None, chat_template: str) -> None:
     """Score CHECKPOINT, a folder or a hub repository.
 
@@ -151,7 +230,12 @@ def evaluate(checkpoint: str, overrides: tuple[str, ...], tasks: str, output: Pa
     from hymba_align.eval import evaluate as score
 
     out_dir = output or Path("runs") / "eval" / checkpoint.strip("./").replace("/", "-")
-    _print_results(score(checkpoint, section, out_dir, chat_template=chat_template), out_dir)
+    from hymba_align.run.lock import held
+    from hymba_align.run.storage import writing
+
+    with held(out_dir), writing(out_dir):
+        results = score(checkpoint, section, out_dir, chat_template=chat_template)
+    _print_results(results, out_dir)
 
 
 def _eval_section(tasks: str, overrides: tuple[str, ...]) -> EvalSection:

@@ -24,6 +24,7 @@ from hymba_align.data.inspection.preview import (
 )
 from hymba_align.errors import DataError
 from hymba_align.files import write_json, write_text
+from hymba_align.secrets import shown
 from hymba_align.stage_data import StageData, only_beginning, prepare_leniently, read_before_training
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _say_what_takes_time(stages: Sequence[StageData]) -> None:
 
     waiting = Console(stderr=True, highlight=False)
     if waiting.is_terminal:
-        names = dict.fromkeys(source.path for data in stages for source in data.section.all_sources)
+        names = dict.fromkeys(shown(source.path) for data in stages for source in data.section.all_sources)
         waiting.print(f"Reading {visible(', '.join(names))} ...", style="dim", markup=False)
 
 

@@ -5,83 +5,54 @@ package's version). A stage whose manifest carries that fingerprint as completed
 with it resumes; any other starts afresh, after what other inputs left has moved aside, from where it comes back when
 they do. Nothing moves and nothing is written before all inputs were checked (checks.py).
 
-Several processes: this process plans, and starts each training stage through `accelerate launch` with the resolved
-recipe in the run folder. Inside Slurm or torchrun, `sft` and `dpo` use the processes that are there: rank 0 keeps the
+Several processes: this process plans, and starts those of each training stage (launch.py) with the resolved recipe in
+the run folder. Inside Slurm or torchrun, `sft` and `dpo` use the processes that are there: rank 0 keeps the
 run folder, the others wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hymba_align
 from hymba_align.checks import check_inputs
 from hymba_align.errors import DataError, HymbaAlignError, RecipeError, RunFolderError, UsageError
-from hymba_align.files import fingerprint, path_digest
-from hymba_align.launch import (
-    STARTED_BY_US,
+from hymba_align.plan import Step, file_contents, plan
+from hymba_align.processes import signals
+from hymba_align.processes.engines import requested_engine
+from hymba_align.processes.launch import (
+    check_devices,
     free_gpu_memory,
     inside_launcher,
     launch,
     launch_command,
     needs_launch,
     rank,
+    started_by_us,
     use_one_gpu,
+    use_what_is_there,
 )
-from hymba_align.recipe import DataSection, Recipe, Stage, TrainingStage, resolved_eval
-from hymba_align.run_folder import RunFolder, open_run, run_root
+from hymba_align.processes.slurm import slurm_step
+from hymba_align.recipe import Recipe, Stage, TrainingStage, resolved_eval
+from hymba_align.run.folder import RunFolder, open_run, run_root
+from hymba_align.run.lock import check_free, held
+from hymba_align.run.manifest import check_whole
+from hymba_align.run.metrics import read_metrics
+from hymba_align.run.storage import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WAIT_FOR_RANK_0_S = 300.0
-
-# Trainer settings that no weight depends on, so that changing one does not train again.
-COSMETIC = frozenset(
-    {
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "disable_tqdm",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_steps",
-        "logging_strategy",
-        "project",
-        "report_to",
-        "run_name",
-        "save_only_model",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One unit of work: a training stage, or the scoring of one (`name` is then `eval/<stage>`)."""
-
-    name: str
-    stage: Stage
-    data: str
-    start: str | None
-    """Checkpoint that the step reads; None for the recipe's base section."""
-    fingerprint: str
-
-    @property
-    def trains(self) -> bool:
-        return not self.name.startswith("eval/")
-
+WAIT_FOR_RANK_0_S = 6 * 3600.0
+"""Rank 0 prepares the data of all meanwhile; a launcher ends those who wait for one that failed."""
+NOTICE_S = 60.0
+"""After this long they say what they wait for."""
 
 # --- What the commands call -------------------------------------------------------------------------------------------
 
@@ -92,19 +63,22 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
     Raises:
         UsageError: the recipe or its files are at fault; whatever can be known before the first stage is raised there.
     """
-    if inside_launcher():
+    if inside_launcher() or slurm_step() is not None:
         raise UsageError(
-            "'run' starts its processes itself (launch.num_processes); start it without torchrun or accelerate, "
-            "or launch 'sft' and 'dpo' one by one"
+            "'run' starts its processes itself (launch.num_processes), and is one process; start it without torchrun, "
+            "accelerate or srun, or start 'sft' and 'dpo' with them, and 'run' afterwards, which scores what they made"
         )
-    steps = plan(recipe)
-    _run_steps(recipe, steps, dry_run=dry_run)
-    if dry_run:
-        return
-    from hymba_align.eval.report import score_table, write_report
-
+    signals.allow(recipe.launch.grace_s)
     root, console = run_root(recipe), _console()
-    report = write_report(root)
+    if not dry_run:
+        check_free(root)
+    with contextlib.ExitStack() as stack:
+        if not _begin(recipe, steps := plan(recipe), stack, dry_run=dry_run):
+            return
+        _run_steps(recipe, steps)
+        from hymba_align.eval.report import score_table, write_report
+
+        report = write_report(root)
     if recipe.scored_stages:
         console.print(score_table(root), soft_wrap=False)
     if recipe.training_stages:
@@ -120,9 +94,14 @@ def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = 
     """
     if stage not in recipe.training_stages:
         raise RecipeError(f"the recipe '{recipe.name}' has no section {stage}; add one, or run another stage")
-    if os.environ.get(STARTED_BY_US):
+    signals.allow(recipe.launch.grace_s)
+    recipe = use_what_is_there(recipe)
+    if started_by_us():
         _train_as_worker(recipe, stage)
         return
+    root = run_root(recipe)
+    if rank() == 0 and not dry_run:
+        check_free(root)
     steps = [step for step in plan(recipe) if step.trains]
     index = [step.name for step in steps].index(stage)
     folder = RunFolder(run_root(recipe))
@@ -132,101 +111,66 @@ def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = 
                 f"{stage} starts from {folder.root / before.name}, which is not complete for this recipe; "
                 f"run 'hymba-align {before.name}' (or 'hymba-align run') first"
             )
-    _run_steps(recipe, [steps[index]], dry_run=dry_run)
+    with contextlib.ExitStack() as stack:
+        if not _begin(recipe, [steps[index]], stack, dry_run=dry_run, before=steps[:index]):
+            return
+        _run_steps(recipe, [steps[index]])
+        if rank() == 0 and (root / "report.md").is_file():
+            from hymba_align.eval.report import write_report
 
-
-# --- Planning ---------------------------------------------------------------------------------------------------------
-
-
-def plan(recipe: Recipe) -> list[Step]:
-    """The recipe's steps in order, each with the fingerprint of all that enters it."""
-    root = run_root(recipe)
-    base = recipe.base
-    previous = fingerprint(
-        {
-            "version": hymba_align.__version__,
-            "seed": recipe.seed,
-            "base": base.model_dump(mode="json"),
-            "files": [path_digest(base.model), path_digest(base.tokenizer), path_digest(base.chat_template)],
-        }
-    )
-    start: str | None = None
-    steps = []
-    if "base" in recipe.scored_stages:
-        steps.append(_scoring_step(recipe, "base", start, previous))
-    for stage in recipe.training_stages:
-        data = recipe.data_for(stage)
-        previous = fingerprint({"previous": previous, **_stage_inputs(recipe, stage)})
-        steps.append(Step(stage, stage, ", ".join(source.path for source in data.all_sources), start, previous))
-        start = str(root / stage / "final")
-        if stage in recipe.scored_stages:
-            steps.append(_scoring_step(recipe, stage, start, previous))
-    return steps
-
-
-def _stage_inputs(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
-    """What a training stage's weights depend on, besides the checkpoint that it starts from."""
-    data, section = recipe.data_for(stage), getattr(recipe, stage)
-    return {
-        "section": section.model_dump(mode="json", exclude={"data": True, "trainer": COSMETIC}),
-        "data": data.model_dump(mode="json", exclude={"workers"}),
-        "contents": _contents(data),
-        # The global batch, which is the one of all processes together.
-        "launch": [recipe.launch.num_processes, path_digest(recipe.launch.accelerate_config)],
-    }
-
-
-def _contents(data: DataSection) -> list[str | None]:
-    """Digests of the rows of every source, and of its converter; None for one that is not there.
-
-    What is missing, or cannot be imported, is for check_inputs to report, which knows the key that names it.
-    """
-    from hymba_align.data.reading.converters import converter_digest
-    from hymba_align.data.reading.sources import source_digest
-
-    digests: list[str | None] = []
-    for source in data.all_sources:
-        try:
-            converter = converter_digest(source.convert) if source.convert else None
-            digests += [source_digest(source), converter]
-        except DataError:
-            digests.append(None)
-    return digests
-
-
-def _scoring_step(recipe: Recipe, stage: Stage, start: str | None, checkpoint: str) -> Step:
-    section = resolved_eval(recipe)
-    inputs = {
-        "checkpoint": checkpoint,
-        "section": section.model_dump(mode="json", exclude={"stages"}),
-        "files": [path_digest(section.gsm8k.train_path), path_digest(section.gsm8k.test_path)],
-    }
-    data = ", ".join(f"{task}: {section.gsm8k.test_path or 'from the hub'}" for task in section.tasks)
-    return Step(f"eval/{stage}", stage, data, start, fingerprint(inputs))
+            write_report(root)  # the one that is there tells of what was trained before
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
 
 
-def _run_steps(recipe: Recipe, steps: Sequence[Step], *, dry_run: bool) -> None:
+def _begin(
+    recipe: Recipe, steps: Sequence[Step], stack: contextlib.ExitStack, *, dry_run: bool, before: Sequence[Step] = ()
+) -> bool:
+    """Checks the inputs and prints the plan; unless that is all, holds the run folder until `stack` is closed.
+
+    Args:
+        before: steps that have to be complete and are not run.
+    Returns: whether to go on.
+    """
     if not inside_launcher() and not needs_launch(recipe):
         use_one_gpu()
     folder, console = RunFolder(run_root(recipe)), _console()
     waiting = [step for step in steps if not folder.is_complete(step.name, step.fingerprint)]
     stages = [step.stage for step in waiting if step.trains and step.stage != "base"]
     check_inputs(recipe, stages, scores=any(not step.trains for step in waiting), ask_hub=bool(waiting) and not dry_run)
-    _print_plan(recipe, folder, steps, console)
+    if stages and not dry_run and needs_launch(recipe):
+        check_devices(recipe)
+    _print_plan(recipe, folder, steps, console, before)
     if dry_run:
+        _print_guards(recipe, console)
         console.print("Dry run: nothing was run and nothing was written.")
-        return
+        return False
     if rank() == 0:
+        stack.enter_context(held(folder.root))
         open_run(recipe)
+    stack.enter_context(writing(folder.root))
+    return True
+
+
+def _left_out(folder: RunFolder, step: Step) -> str:
+    """Words about batches that a complete stage's guard left out; the guard may be another one by now."""
+    left_out = sum("skipped_rows" in record for record in read_metrics(folder.root / step.name)) if step.trains else 0
+    batches = f"{left_out:,} batch{'' if left_out == 1 else 'es'}"
+    return f" (its training left out {batches}: {step.name}/bad_batch.json)" if left_out else ""
+
+
+def _run_steps(recipe: Recipe, steps: Sequence[Step]) -> None:
+    folder, console = RunFolder(run_root(recipe)), _console()
     for number, step in enumerate(steps, start=1):
+        signals.raise_if_requested()
         what = f"[{number}/{len(steps)}] {step.stage.upper() if step.trains else f'Score {step.stage}'}"
         if step.trains and rank() == 0:
             _restore(folder, step, console)
         if folder.is_complete(step.name, step.fingerprint):
-            console.print(f"{what}: complete and unchanged, skipped", markup=False)
+            if step.trains and rank() == 0:
+                _remove_checkpoints(recipe, folder, step.stage)
+            console.print(f"{what}: complete and unchanged, skipped{_left_out(folder, step)}", markup=False)
             continue
         console.print(what, markup=False, style="bold")
         started = time.monotonic()
@@ -241,32 +185,39 @@ def _restore(folder: RunFolder, step: Step, console: Console) -> None:
 
 
 def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
+    if step.start is not None and rank() == 0:
+        check_whole(Path(step.start), f"'hymba-align run' makes {step.start} again")
     if not step.trains:
         _score(recipe, folder, step)
-    elif not needs_launch(recipe):
-        _train_here(recipe, folder, step, console)
+    elif not _is_started(folder, step, console):
+        return
+    elif needs_launch(recipe):
+        _train_in_others(recipe, folder, step)
     else:
-        _mark_started(folder, step, console)
-        free_gpu_memory()
-        launch(recipe, step.name)
-        if not folder.is_complete(step.name, step.fingerprint):
-            raise HymbaAlignError(f"{step.name} ended without a complete checkpoint; did its inputs change meanwhile?")
+        _train_here(recipe, folder, step)
 
 
-def _mark_started(folder: RunFolder, step: Step, console: Console) -> None:
-    moved_to = folder.mark_started(step.name, step.fingerprint)
+def _is_started(folder: RunFolder, step: Step, console: Console) -> bool:
+    """Marks a stage as started, or waits until rank 0 has; whether there is anything to train."""
+    if rank() != 0:
+        _wait_for_rank_0(folder, step)
+        return not folder.is_complete(step.name, step.fingerprint)  # rank 0 had it aside
+    moved_to = folder.mark_started(step.name, step.fingerprint, step.contents)
     if moved_to is not None:
         console.print(f"What entered {step.name} has changed; its earlier result is now in {moved_to}")
+    return True
 
 
-def _train_here(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
+def _train_in_others(recipe: Recipe, folder: RunFolder, step: Step) -> None:
+    """Trains in processes that this one starts."""
+    free_gpu_memory()
+    launch(recipe, step.name)
+    if rank() == 0 and not folder.is_complete(step.name, step.fingerprint):
+        raise HymbaAlignError(f"{step.name} ended without a complete checkpoint; did its inputs change meanwhile?")
+
+
+def _train_here(recipe: Recipe, folder: RunFolder, step: Step) -> None:
     """Trains in this process, one of several when a launcher started it."""
-    if rank() == 0:
-        _mark_started(folder, step, console)
-    else:
-        _wait_for_rank_0(folder, step)
-        if folder.is_complete(step.name, step.fingerprint):  # rank 0 had it aside
-            return
     assert step.stage != "base", "nothing trains the base"
     metrics = _call_trainer(recipe, folder, step.stage, step.start)
     if rank() == 0:
@@ -274,12 +225,20 @@ def _train_here(recipe: Recipe, folder: RunFolder, step: Step, console: Console)
 
 
 def _wait_for_rank_0(folder: RunFolder, step: Step) -> None:
-    deadline = time.monotonic() + WAIT_FOR_RANK_0_S
+    began, is_told = time.monotonic(), False
     while not folder.is_started(step.name, step.fingerprint):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > WAIT_FOR_RANK_0_S:
             raise RunFolderError(
-                f"rank {rank()} waited {WAIT_FOR_RANK_0_S:.0f} s for rank 0 to start {step.name} in {folder.root}; "
+                f"rank {rank()} waited {waited:.0f} s for rank 0 to start {step.name} in {folder.root}; "
                 "set output_dir to a folder that all machines share"
+            )
+        if waited > NOTICE_S and not is_told:
+            is_told = True
+            print(
+                f"rank {rank()} waits for rank 0 to start {step.name} in {folder.root}, which all machines have to share",
+                file=sys.stderr,
+                flush=True,
             )
         time.sleep(0.2)
 
@@ -289,8 +248,8 @@ def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
     folder, started = RunFolder(run_root(recipe)), int(os.environ.get("WORLD_SIZE", "1"))
     if started != recipe.launch.num_processes:
         raise HymbaAlignError(
-            f"launch.num_processes is {recipe.launch.num_processes}, but accelerate started {started} with "
-            f"{recipe.launch.accelerate_config}; choose a file whose distributed_type can (MULTI_CPU cannot)"
+            f"launch.num_processes is {recipe.launch.num_processes}, but {started} were started; "
+            f"run 'hymba-align {stage}' itself, which starts as many as the recipe asks for"
         )
     before = recipe.training_stages[: recipe.training_stages.index(stage)]
     start = str(folder.root / before[-1] / "final") if before else None
@@ -301,10 +260,25 @@ def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
 
 def _finish(recipe: Recipe, folder: RunFolder, stage: TrainingStage, inputs: str, metrics: Mapping[str, float]) -> None:
     """Records that a training stage is complete; only then may its checkpoints go."""
+    from hymba_align.train.common import check_planned
     from hymba_align.train.stage_run import remove_checkpoints
 
+    if recipe.data_for(stage).streaming:  # the last row was read only now
+        check_planned(recipe.data_for(stage), folder.stage_dir(stage))
     folder.mark_complete(stage, inputs, {"metrics": metrics})
     remove_checkpoints(recipe, stage, folder.stage_dir(stage))
+
+
+def _remove_checkpoints(recipe: Recipe, folder: RunFolder, stage: Stage) -> None:
+    """Finishes what `_finish` had begun when the process was killed; there is mostly nothing to do."""
+    stage_dir = folder.stage_dir(stage)
+    if stage == "base" or not any([*stage_dir.glob("checkpoint-*"), *stage_dir.glob(".saving")]):
+        return
+    from hymba_align.train.saving import remove_leftovers
+    from hymba_align.train.stage_run import remove_checkpoints
+
+    remove_checkpoints(recipe, stage, stage_dir)
+    remove_leftovers(stage_dir)
 
 
 def _call_trainer(recipe: Recipe, folder: RunFolder, stage: TrainingStage, start: str | None) -> dict[str, float]:
@@ -318,14 +292,19 @@ def _call_trainer(recipe: Recipe, folder: RunFolder, stage: TrainingStage, start
 
 
 def _score(recipe: Recipe, folder: RunFolder, step: Step) -> None:
+    from hymba_align.data.unchanged import changed
     from hymba_align.eval import evaluate
 
     section = resolved_eval(recipe)
     checkpoint = step.start if step.start is not None else _base_checkpoint(recipe, folder)
     folder.mark_started(step.name, step.fingerprint)
     results = evaluate(checkpoint, section, folder.stage_dir(step.name), chat_template=recipe.base.chat_template)
+    for (name, planned), (_, digest) in zip(step.contents, file_contents(section), strict=True):
+        if digest != planned:
+            raise DataError(changed(name))
     outputs = tuple(f"{task}.json" for task in results)
-    folder.mark_complete(step.name, step.fingerprint, {"checkpoint": checkpoint}, outputs)
+    details = {"checkpoint": checkpoint, "inputs": step.start_fingerprint}
+    folder.mark_complete(step.name, step.fingerprint, details, outputs)
 
 
 def _base_checkpoint(recipe: Recipe, folder: RunFolder) -> str:
@@ -355,27 +334,53 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True, quiet=rank() != 0)
 
 
-def _print_plan(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], console: Console) -> None:
+def _print_plan(
+    recipe: Recipe, folder: RunFolder, steps: Sequence[Step], console: Console, before: Sequence[Step]
+) -> None:
     from rich.table import Table
 
     table = Table(title=f"Plan of {recipe.name}, in {folder.root}", title_justify="left")
     for column in ("step", "data", "starts from", "writes to", "state"):
         table.add_column(column, overflow="fold")
+    missing = [step.name for step in before if not folder.is_complete(step.name, step.fingerprint)]
     for step in steps:
-        done = folder.is_complete(step.name, step.fingerprint)
-        begun = step.trains and folder.is_started(step.name, step.fingerprint)
-        aside = folder.find_aside(step.name, step.fingerprint) if step.trains else None
         table.add_row(
             step.stage if step.trains else f"score {step.stage}",
             step.data,
             str(Path(step.start).relative_to(folder.root)) if step.start else _base_name(recipe),
             f"{step.name}/final" if step.trains else step.name,
-            "done" if done else "resumes" if begun else f"back from {aside.name}" if aside else "to do",
+            _state(folder, step, missing),
         )
     console.print(table, soft_wrap=False)
     for step in steps:
         if step.trains and needs_launch(recipe):
-            console.print(f"{step.name} runs as: {shlex.join(launch_command(recipe, step.name))}", markup=False)
+            console.print(
+                f"{step.name} trains with {requested_engine(recipe.launch)}: {shlex.join(launch_command(recipe, step.name))}",
+                markup=False,
+            )
+
+
+def _state(folder: RunFolder, step: Step, missing: Sequence[str]) -> str:
+    """How far a step is, in words.
+
+    Args:
+        missing: names of steps that have to be complete before, and are not.
+    """
+    if folder.is_complete(step.name, step.fingerprint):
+        return "done"
+    if missing:
+        return f"needs {missing[0]} first"
+    if step.trains and folder.is_started(step.name, step.fingerprint):
+        return "resumes"
+    aside = folder.find_aside(step.name, step.fingerprint) if step.trains else None
+    return f"back from {aside.name}" if aside is not None else "to do"
+
+
+def _print_guards(recipe: Recipe, console: Console) -> None:
+    """What each stage does when training goes wrong."""
+    for stage in recipe.training_stages:
+        guard = getattr(recipe, stage).guard.model_dump()
+        console.print(f"{stage}.guard: {', '.join(f'{key} {value}' for key, value in guard.items())}", markup=False)
 
 
 def _base_name(recipe: Recipe) -> str:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hymba_align import secrets
+from hymba_align.errors import RecipeError
 from hymba_align.recipe_loading import Section, dump_yaml, load_section
 
 Task = Literal["gsm8k"]
@@ -28,6 +30,10 @@ STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
 SchemaName = Literal[
     "preference", "ranked", "prompt_completion", "messages", "sharegpt", "alpaca", "question_answer", "text"
 ]
+Launcher = Literal[
+    "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2",
+    "multi_node_ddp", "multi_node_zero2", "multi_node_zero3", "multi_node_fsdp2",
+]  # fmt: skip
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
@@ -145,11 +151,42 @@ class StageDataSection(DataSection):
         """Neither path nor sources need be here."""
 
 
+class GuardSection(Section):
+    """What happens when training goes wrong.
+
+    `on_nonfinite`: a batch whose loss or gradient is NaN or infinite is never applied. "stop" names its rows in
+    bad_batch.json, saves the weights from before and ends the run; "skip" leaves out up to `max_skipped` such batches.
+    `on_spike`: a loss more than `spike_deviations` robust standard deviations above the median of the last
+    `spike_window` logged ones, in `spike_logs` log events in a row, is told ("warn"), stops ("stop") or is let pass
+    ("ignore").
+    """
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = Field(default=10, ge=0)
+    on_spike: Literal["warn", "stop", "ignore"] = "warn"
+    spike_window: int = Field(default=20, ge=4)
+    spike_deviations: float = Field(default=6.0, gt=0)
+    spike_logs: int = Field(default=3, ge=1)
+
+
+class DPOGuardSection(GuardSection):
+    """The same for DPO, where chosen answers must not lose probability either.
+
+    `on_spike` also happens where `rewards/chosen` is below `min_chosen_reward`, or has fallen by more than
+    `max_chosen_fall` within the last `spike_window` log events, in `spike_logs` of them in a row. Rewards are beta times
+    nats: at beta 0.1 a reward of -5 makes a chosen answer e^50 times less probable than the reference has it.
+    """
+
+    min_chosen_reward: float = -5.0
+    max_chosen_fall: float = Field(default=3.0, gt=0)
+
+
 class SFTSection(Section):
-    """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`."""
+    """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`, `guard` what happens when it goes wrong."""
 
     data: StageDataSection | None = None
     max_length: int = Field(default=8192, ge=8)
+    guard: GuardSection = GuardSection()
     trainer: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -165,6 +202,7 @@ class DPOSection(Section):
     max_length: int = Field(default=2048, ge=8)
     share_prefix: bool = True
     row_tokens: int | None = Field(default=None, ge=8)
+    guard: DPOGuardSection = DPOGuardSection()
     trainer: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -188,17 +226,30 @@ class EvalSection(Section):
 
 
 class LaunchSection(Section):
-    """How many processes train, and with which accelerate configuration file (None: this process alone)."""
+    """How many processes train, on all machines together, and which engine joins them.
 
+    `launcher` is a file of accelerate_configs/ by name; `accelerate_config` a file of one's own, in its place. Neither:
+    this process trains alone. `grace_s` is the time from SIGTERM to SIGKILL on the cluster: two thirds of it for the step
+    under way, the rest for its checkpoint.
+    """
+
+    launcher: Launcher | None = None
     accelerate_config: str | None = None
     num_processes: int = Field(default=1, ge=1)
+    grace_s: float = Field(default=30.0, ge=5)
 
     @model_validator(mode="after")
-    def _many_processes_need_a_file(self) -> LaunchSection:
-        if self.num_processes > 1 and self.accelerate_config is None:
+    def _one_engine_for_all_processes(self) -> LaunchSection:
+        if self.launcher is not None and self.accelerate_config is not None:
+            raise ValueError("it holds both launcher and accelerate_config; remove one of them (or set it to null)")
+        if self.num_processes > 1 and self.launcher is None and self.accelerate_config is None:
             raise ValueError(
-                f"num_processes is {self.num_processes}, and no file says how they work together; "
-                "set launch.accelerate_config to a file of accelerate_configs/"
+                f"num_processes is {self.num_processes}, and nothing says how they work together; "
+                "set launch.launcher (ddp, zero2, ...: accelerate_configs/README.md says which)"
+            )
+        if self.launcher == "single" and self.num_processes > 1:
+            raise ValueError(
+                f"launcher is single and num_processes is {self.num_processes}; set num_processes to 1, or launcher to ddp"
             )
         return self
 
@@ -263,13 +314,16 @@ class Recipe(Section):
         return DataSection.model_validate({**general, **special})
 
     def dump_yaml(self) -> str:
-        """The recipe as resolved, overrides included, as YAML that `load_recipe` reads back to an equal recipe."""
+        """The recipe as resolved, overrides included, as YAML that `load_recipe` reads back to an equal recipe.
+
+        Passwords, tokens and keys are masked; processes of this run get them by `secrets.secrets_variable`.
+        """
         values = self.model_dump()
         for stage in self.training_stages:
             own = self._stage_section(stage).data
             if own is not None:  # what it inherits stays out, so that an override of `data` still reaches it
                 values[stage]["data"] = own.model_dump(exclude_unset=True)
-        return dump_yaml(values)
+        return dump_yaml(secrets.without_secrets(values))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -278,7 +332,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or a key or value is invalid.
     """
-    return load_section(Recipe, path, overrides)
+    recipe = load_section(Recipe, path, overrides)
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    whole = secrets.with_secrets(values)
+    masked = secrets.first_mask(whole)
+    if masked is not None:
+        raise RecipeError(
+            f"{path}: {masked} holds {secrets.MASK}, which stands for a secret that run folders leave out; start from the "
+            f"recipe that has it, or give it as an override"
+        )
+    if whole == values:
+        return recipe
+    secrets.remember(whole)
+    return Recipe.model_validate_json(json.dumps(whole))
 
 
 def is_local_path(name: str) -> bool:

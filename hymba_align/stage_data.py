@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hymba_align.errors import CheckpointError, DataError, RecipeError, UsageError
 from hymba_align.recipe import DataSection, DPOSection, Recipe, SFTSection, SourceSection, TrainingStage, load_recipe
 from hymba_align.recipe_loading import load_section
+from hymba_align.secrets import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ def _file_data(
     stage = stage or guess_stage(section)
     check_streaming(section, stage)
     return StageData(
-        path,
+        shown(path),
         stage,
         section,
         _file_tokenizer(tokenizer),

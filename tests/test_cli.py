@@ -13,7 +13,8 @@ import hymba_align.cli
 import hymba_align.pipeline
 from hymba_align import __version__
 from hymba_align.cli import main
-from hymba_align.errors import DataError, HymbaAlignError, KernelError
+from hymba_align.errors import DataError, HymbaAlignError, KernelError, Preempted
+from hymba_align.processes.agent import STARTED_BY_US
 from hymba_align.recipe import Recipe
 
 RECIPE = "recipes/tiny/arithmetic.yaml"
@@ -96,8 +97,8 @@ def test_commands_hand_the_recipe_with_overrides_to_the_pipeline(name: str, pipe
         (DataError("rows.jsonl is empty"), 2, "Error: rows.jsonl is empty\n"),
         (KernelError("no kernel here"), 1, "Error: no kernel here\n"),
         (HymbaAlignError("sft diverged"), 1, "Error: sft diverged\n"),
-        (KeyboardInterrupt(), 130, "Interrupted; the same command continues.\n"),
-        (click.Abort(), 130, "Interrupted; the same command continues.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted; the same command continues, a stage from its last checkpoint.\n"),
+        (click.Abort(), 130, "Interrupted; the same command continues, a stage from its last checkpoint.\n"),
     ],
 )
 def test_errors_of_the_user_are_one_sentence_and_an_exit_code(
@@ -118,6 +119,28 @@ def test_errors_of_the_user_are_one_sentence_and_an_exit_code(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.removeprefix("\n") == printed
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Preempted("saved"), 75)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_the_processes_that_a_command_started_one_says_that_it_stops(
+    error: BaseException,
+    code: int,
+    rank: int,
+    pipeline: list[tuple[object, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(recipe: Recipe, dry_run: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(hymba_align.pipeline, "run_recipe", fail)
+    monkeypatch.setenv(STARTED_BY_US, "1")
+    monkeypatch.setenv("RANK", str(rank))
+
+    assert main(["run", RECIPE]) == code
+
+    assert bool(capsys.readouterr().err.strip()) == (rank == 0)
 
 
 def test_errors_of_ours_keep_their_traceback(

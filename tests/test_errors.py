@@ -14,7 +14,7 @@ import pytest
 from hymba_align.cli import main
 from hymba_align.files import file_digest, write_json
 from hymba_align.recipe import load_recipe
-from hymba_align.run_folder import open_run
+from hymba_align.run.folder import open_run
 
 ROW = {"question": "What is 1+1?", "answer": "<<1+1=2>>2\n#### 2", "wrong_answer": "<<1+1=3>>3\n#### 3"}
 CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]}

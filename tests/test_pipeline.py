@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +15,19 @@ import torch
 
 import hymba_align.eval
 import hymba_align.eval.report
-import hymba_align.launch
 import hymba_align.pipeline as pipeline
+import hymba_align.plan
+import hymba_align.processes.launch
 import hymba_align.train.common
 import hymba_align.train.dpo
 import hymba_align.train.sft
-from hymba_align.errors import HymbaAlignError, UsageError
+from hymba_align.errors import CheckpointError, HymbaAlignError, Preempted, UsageError
 from hymba_align.files import file_digest, write_json
+from hymba_align.processes.agent import STARTED_BY_US
 from hymba_align.recipe import Recipe, load_recipe
-from hymba_align.run_folder import RunFolder
+from hymba_align.run.folder import RunFolder
+from hymba_align.run.manifest import seal
+from hymba_align.run.metrics import append_metrics
 
 ROW = {"question": "What is 1+1?", "answer": "<<1+1=2>>2\n#### 2", "wrong_answer": "<<1+1=3>>3\n#### 3"}
 
@@ -55,6 +60,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
         def train(recipe: Recipe, start: str | None, stage_dir: Path) -> dict[str, float]:
             done.append((stage, start))
             write_json(stage_dir / "final" / "config.json", {})
+            seal(stage_dir / "final", {})
             return {"train_loss": 1.0}
 
         return train
@@ -66,6 +72,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
     monkeypatch.setattr(hymba_align.train.sft, "train_sft", trainer("sft"))
     monkeypatch.setattr(hymba_align.train.dpo, "train_dpo", trainer("dpo"))
+    monkeypatch.setattr(hymba_align.processes.launch, "use_engine", lambda launch: None)  # it would outlive the test
     monkeypatch.setattr(hymba_align.eval, "evaluate", evaluate)
     monkeypatch.setattr(hymba_align.eval.report, "score_table", lambda root: "scores")
     monkeypatch.setattr(hymba_align.eval.report, "write_report", lambda root: root / "report.md")
@@ -129,6 +136,14 @@ def test_a_second_run_skips_everything_and_says_so(recipe_file: str, work, capsy
         ("base.config.mamba_dt_rank=3", ALL),
         ("sft.trainer.logging_steps=3", []),
         ("dpo.trainer={per_device_train_batch_size: 4, save_total_limit: 1, dataloader_num_workers: 1}", []),
+        # What an error about memory or time advises continues where it stopped.
+        ("sft.trainer.activation_checkpointing=true", []),
+        ("sft.trainer.ddp_timeout=7200", []),
+        ("dpo.trainer.precompute_ref_log_probs=true", []),
+        ("sft.guard.on_nonfinite=skip", []),
+        # Where there is a GPU, it decides about bf16 too.
+        ("sft.trainer.use_cpu=true", ["sft", "score sft", "dpo", "score dpo"]),
+        ("sft.trainer.max_grad_norm=0.5", ["sft", "score sft", "dpo", "score dpo"]),
     ],
 )
 def test_a_change_runs_again_what_it_enters_and_what_follows(
@@ -142,20 +157,74 @@ def test_a_change_runs_again_what_it_enters_and_what_follows(
     assert names(work) == again
 
 
-def test_the_processes_that_train_count_as_they_make_the_global_batch(recipe_file: str, tmp_path: Path) -> None:
-    config = tmp_path / "accelerate.yaml"
-    config.write_text("distributed_type: MULTI_CPU\n")
-    launched = [f"launch.accelerate_config={config}"]
+def test_batches_that_a_complete_stage_left_out_are_told_whatever_the_guard_is_now(
+    recipe_file: str, work, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_file, ["sft.guard.on_nonfinite=skip"])
+    pipeline.run_recipe(recipe)
+    for step in (3, 8):
+        append_metrics(
+            tmp_path / "run" / "sft", {"step": step, "skipped_rows": ["train.jsonl:1"], "warning": "left out"}
+        )
+    capsys.readouterr()
 
+    pipeline.run_recipe(load_recipe(recipe_file, ["sft.guard.on_nonfinite=stop"]))
+
+    out = " ".join(capsys.readouterr().out.split())
+    assert "SFT: complete and unchanged, skipped (its training left out 2 batches: sft/bad_batch.json)" in out
+    assert "DPO: complete and unchanged, skipped [" in out
+
+
+def test_the_global_batch_counts_and_not_how_processes_divide_it(recipe_file: str, tmp_path: Path) -> None:
     def plans(*overrides: str) -> dict[str, str]:
         return {step.name: step.fingerprint for step in pipeline.plan(load_recipe(recipe_file, overrides))}
 
-    one, two = plans(*launched), plans(*launched, "launch.num_processes=2")
-    config.write_text("distributed_type: MULTI_GPU\n")
-    changed = plans(*launched)
+    def batch(per_device: int, accumulated: int) -> list[str]:
+        sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+        return [f"{stage}.trainer.{key}={value}" for stage in ("sft", "dpo") for key, value in sizes.items()]
 
-    for other in (two, changed, plans()):
-        assert [name for name in one if one[name] != other[name]] == ["sft", "eval/sft", "dpo", "eval/dpo"]
+    eight = plans(*batch(8, 1))
+    ours = tmp_path / "ours.yaml"
+    ours.write_text("distributed_type: MULTI_CPU\n")
+    for same in (
+        [*batch(1, 8)],
+        [*batch(2, 1), "launch.launcher=zero2", "launch.num_processes=4"],
+        [*batch(2, 1), "launch.launcher=multi_node_zero3", "launch.num_processes=4"],
+        [*batch(1, 2), "launch.accelerate_config=accelerate_configs/zero2.yaml", "launch.num_processes=4"],
+        [*batch(4, 1), f"launch.accelerate_config={ours}", "launch.num_processes=2"],
+    ):
+        assert plans(*same) == eight, same
+    for other in (
+        [*batch(8, 1), "launch.launcher=ddp", "launch.num_processes=2"],
+        [*batch(4, 1)],
+        # Which rows share a step depends on all three.
+        [*batch(1, 8), "sft.trainer.train_sampling_strategy=batch_rebalance"],
+    ):
+        changed = plans(*other)
+        assert [name for name in eight if eight[name] != changed[name]] == ["sft", "eval/sft", "dpo", "eval/dpo"], other
+
+
+def test_the_batch_size_that_trainers_default_to_is_the_one_that_plans_count_with() -> None:
+    from transformers import TrainingArguments
+
+    fields = TrainingArguments.__dataclass_fields__
+    assert fields["per_device_train_batch_size"].default == hymba_align.plan.BATCH_SIZE_OF_TRAINER
+    assert fields["gradient_accumulation_steps"].default == 1
+
+
+def test_what_a_file_of_ones_own_decides_about_the_weights_counts(recipe_file: str, tmp_path: Path) -> None:
+    config, deepspeed = tmp_path / "own.yaml", tmp_path / "own.json"
+    config.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {deepspeed}}}\n")
+
+    def plan_with(settings: dict[str, Any]) -> str:
+        deepspeed.write_text(json.dumps(settings))
+        recipe = load_recipe(recipe_file, [f"launch.accelerate_config={config}"])
+        return next(step.fingerprint for step in pipeline.plan(recipe) if step.name == "sft")
+
+    stage_2 = plan_with({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}})
+    assert plan_with({"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}) == stage_2
+    assert plan_with({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}) != stage_2
+    assert plan_with({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}) != stage_2
 
 
 @pytest.mark.parametrize(("name", "again"), [("train", ALL), ("test", ["score base", "score sft", "score dpo"])])
@@ -275,6 +344,29 @@ def test_dpo_alone_starts_from_the_sft_checkpoint(recipe_file: str, work, tmp_pa
     assert work == [("sft", None), ("dpo", f"{tmp_path}/run/sft/final")]
 
 
+def test_a_checkpoint_that_changed_after_its_stage_is_neither_trained_on_nor_scored(
+    recipe_file: str, work, tmp_path: Path
+) -> None:
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
+    final = tmp_path / "run" / "sft" / "final"
+    (final / "config.json").write_text("{ }\n")
+    work.clear()
+    for command in (lambda recipe: pipeline.run_training_stage(recipe, "dpo"), pipeline.run_recipe):
+        with pytest.raises(CheckpointError) as caught:
+            command(load_recipe(recipe_file))
+        assert str(caught.value) == (
+            f"{final} is not what was saved there: config.json has 4 bytes where its manifest.json says 3; remove that "
+            f"folder, and 'hymba-align run' makes {final} again"
+        )
+    assert f"{final}" not in [start for _, start in work]
+
+    shutil.rmtree(final)
+    work.clear()
+    pipeline.run_recipe(load_recipe(recipe_file))
+    assert ("sft", None) in work
+    assert ("dpo", str(final)) in work
+
+
 @pytest.mark.parametrize("before", [[], ["seed=7"]])
 def test_dpo_alone_needs_an_sft_checkpoint_of_this_recipe(recipe_file: str, work, tmp_path: Path, before) -> None:
     if before:
@@ -306,6 +398,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         assert text in out
 
 
+def test_a_dry_run_of_dpo_says_that_sft_has_to_be_there_first(
+    recipe_file: str, work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run_training_stage(load_recipe(recipe_file), "dpo", dry_run=True)
+    assert "needs sft first" in capsys.readouterr().out
+
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
+    capsys.readouterr()
+    pipeline.run_training_stage(load_recipe(recipe_file), "dpo", dry_run=True)
+    assert "to do" in capsys.readouterr().out
+
+
+def test_a_stage_that_is_trained_anew_by_itself_renews_the_report(
+    recipe_file: str, work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(
+        hymba_align.eval.report, "write_report", lambda root: written.append(root) or root / "report.md"
+    )
+    pipeline.run_training_stage(load_recipe(recipe_file), "sft")
+    assert written == [], "there was none to renew"
+
+    (tmp_path / "run" / "report.md").write_text("of before")
+    pipeline.run_training_stage(load_recipe(recipe_file, ["seed=8"]), "sft")
+    assert written == [tmp_path / "run"]
+
+
 def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -324,7 +443,7 @@ def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str,
         (["dpo.data.path=a/b/c.csv"], "dpo.data.path is a/b/c.csv, which does not exist (looked for {cwd}/"),
         (["eval.gsm8k.test_path=absent.jsonl"], "eval.gsm8k.test_path is absent.jsonl, which does not exist (looked for {cwd}/"),
         (["sft.max_length=9000"], "sft.max_length is 9000, above the model's context of 8192; lower it"),
-        (["base.config.max_position_embeddings=32"], "sft.max_length is 64, above the model's context of 32; lower it"),
+        (["base.config.max_position_embeddings=32", "base.config.orig_max_position_embeddings=32"], "sft.max_length is 64, above the model's context of 32; lower it"),
         (["base={model: ./absent}"], "./absent: there is no such checkpoint folder; check the path"),
         (["base.config.hidden_siz=32"], "base.config.hidden_siz is not a key of HymbaConfig; the nearest is base.config.hidden_size"),
         (["eval.max_new_tokens=8192"], "eval.max_new_tokens is 8192, which leaves no room for a prompt in the model's context of 8192 tokens; lower it"),
@@ -343,10 +462,20 @@ def test_one_override_of_the_data_path_moves_training_and_test(recipe_file: str,
             "launch.accelerate_config .ci/run is not an accelerate configuration",
         ),
         (
-            ["launch.accelerate_config=accelerate_configs/multi_node_zero3.yaml", "launch.num_processes=16"],
-            "launch.accelerate_config accelerate_configs/multi_node_zero3.yaml names 2 machines; start each of them with "
-            "'accelerate launch --config_file accelerate_configs/multi_node_zero3.yaml --machine_rank N -m hymba_align sft "
-            "RECIPE' (then dpo)",
+            ["launch.launcher=multi_node_zero3", "launch.num_processes=16"],
+            "launch.launcher is multi_node_zero3, which is made for several machines; in Slurm submit "
+            "recipes/hymba-1.5b/slurm.sh, elsewhere start on each machine 'torchrun --nnodes MACHINES --nproc_per_node GPUS "
+            "--rdzv_backend c10d --rdzv_endpoint HOST_0:29500 -m hymba_align sft RECIPE' (then dpo)",
+        ),
+        (
+            ["launch.launcher=fsdp2", "launch.num_processes=2", "sft.trainer.use_cpu=true"],
+            "launch.launcher is fsdp2, and sft computes on the CPU, where accelerate trains with plain DDP instead, or with "
+            "processes that never meet; take a machine with GPUs, or launch.launcher=zero3",
+        ),
+        (
+            ["launch.accelerate_config=accelerate_configs/single.yaml", "launch.num_processes=2"],
+            "launch.accelerate_config is accelerate_configs/single.yaml, which is one process (distributed_type NO), and "
+            "launch.num_processes is 2; choose another file, or launch.launcher",
         ),
     ],
 )  # fmt: skip
@@ -402,13 +531,14 @@ def test_a_stage_that_the_recipe_lacks_cannot_run(recipe_file: str) -> None:
 
 # --- Several processes ------------------------------------------------------------------------------------------------
 
-LAUNCH = ["launch.accelerate_config=accelerate_configs/zero2.yaml", "launch.num_processes=2"]
+LAUNCH = ["launch.launcher=zero2", "launch.num_processes=2"]
 
 
 class FakeLauncher:
-    """Stands where accelerate would be: runs the worker's part in this process, as `RANK` 0."""
+    """Stands where the launcher would be: runs the worker's part in this process, as `RANK` 0."""
 
     code = 0
+    report: str | None = None
     commands: list[list[str]]
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,10 +557,15 @@ class FakeLauncher:
         return None
 
     def wait(self) -> int:
+        command = self.commands[-1]
+        if self.report is not None:
+            Path(command[command.index("--report") + 1]).write_text(self.report)
         if self.code == 0:
-            stage, path = self.commands[-1][-2:]
+            stage, path = command[-2:]
+            started = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", STARTED_BY_US: "1"}
             with self.monkeypatch.context() as patch:
-                patch.setattr(os, "environ", {**self.env, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"})
+                patch.setattr(os, "environ", {**self.env, **started})
+                patch.setattr(hymba_align.processes.launch, "die_with", lambda parent: None)
                 pipeline.run_training_stage(load_recipe(path), stage)  # type: ignore[arg-type]
         return self.code
 
@@ -438,7 +573,7 @@ class FakeLauncher:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
     fake = FakeLauncher(monkeypatch)
-    monkeypatch.setattr(hymba_align.launch, "subprocess", SimpleNamespace(Popen=fake))
+    monkeypatch.setattr(hymba_align.processes.launch, "subprocess", SimpleNamespace(Popen=fake))
     return fake
 
 
@@ -449,21 +584,10 @@ def test_training_stages_are_launched_with_the_resolved_recipe(
 
     pipeline.run_recipe(load_recipe(recipe_file, LAUNCH))
 
-    assert [command[:3] for command in launcher.commands] == [
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    ] * 2
-    assert launcher.commands[0][3:] == [
-        "launch",
-        "--quiet",
-        "--config_file",
-        "accelerate_configs/zero2.yaml",
-        "--num_processes",
-        "2",
-        "-m",
-        "hymba_align",
-        "sft",
-        f"{run}/recipe.yaml",
-    ]
+    assert [command[:3] for command in launcher.commands] == [[sys.executable, "-m", "hymba_align.processes.agent"]] * 2
+    assert launcher.commands[0][3:5] == ["--parent", str(os.getpid())]
+    assert launcher.commands[0][5] == "--report"
+    assert launcher.commands[0][7:] == ["--processes", "2", "sft", f"{run}/recipe.yaml"]
     assert work[1] == ("sft", None)
     assert work[3] == ("dpo", f"{run}/sft/final")
     assert names(work) == ALL
@@ -475,14 +599,25 @@ def test_a_dry_run_prints_the_launch_command(
     pipeline.run_recipe(load_recipe(recipe_file, LAUNCH), dry_run=True)
 
     assert (
-        "sft runs as: accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 "
-        f"-m hymba_align sft {tmp_path}/run/recipe.yaml\n"
+        f"sft trains with zero2: torchrun --nproc_per_node 2 -m hymba_align sft {tmp_path}/run/recipe.yaml\n"
     ) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("code", "passed_on"), [(1, 1), (7, 7), (-9, 137)])
+@pytest.mark.parametrize(
+    ("code", "passed_on", "how"),
+    [
+        (1, 1, "ended with exit code 1; its message is above"),
+        (137, 137, "ended with exit code 137; its message is above"),
+        (
+            -9,
+            137,
+            "was killed by SIGKILL, which the system also sends when memory is full; the same command continues from the "
+            "last checkpoint",
+        ),
+    ],
+)
 def test_the_exit_code_of_launched_processes_is_passed_on(
-    recipe_file: str, work, launcher: FakeLauncher, code: int, passed_on: int
+    recipe_file: str, work, launcher: FakeLauncher, code: int, passed_on: int, how: str
 ) -> None:
     launcher.code = code
 
@@ -490,19 +625,42 @@ def test_the_exit_code_of_launched_processes_is_passed_on(
         pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
 
     assert caught.value.exit_code == passed_on
-    assert str(caught.value) == f"sft failed in its processes (exit code {code}); their messages are above"
+    assert str(caught.value) == f"sft failed: its launcher {how}"
     assert not RunFolder(Path(load_recipe(recipe_file).output_dir or "")).read_manifest("sft").get("completed")
 
 
+def test_what_the_launcher_saw_is_said(recipe_file: str, work, launcher: FakeLauncher) -> None:
+    launcher.code, launcher.report = 137, "process 1 (pid 12) was killed by SIGKILL"
+
+    with pytest.raises(HymbaAlignError) as caught:
+        pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
+
+    assert str(caught.value) == "sft failed: process 1 (pid 12) was killed by SIGKILL"
+
+
+def test_preemption_of_the_processes_is_preemption_of_the_command(
+    recipe_file: str, work, launcher: FakeLauncher
+) -> None:
+    launcher.code, launcher.report = 75, "it was preempted"
+
+    with pytest.raises(Preempted) as caught:
+        pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
+
+    assert str(caught.value) == "sft: it was preempted; the same command continues it"
+    assert caught.value.exit_code == 75
+
+
 def test_fewer_processes_than_asked_for_is_an_error(recipe_file: str, work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(pipeline.STARTED_BY_US, "1")
+    monkeypatch.setenv(STARTED_BY_US, "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(hymba_align.processes.launch, "die_with", lambda parent: None)
 
     with pytest.raises(HymbaAlignError) as caught:
         pipeline.run_training_stage(load_recipe(recipe_file, LAUNCH), "sft")
 
     assert str(caught.value) == (
-        "launch.num_processes is 2, but accelerate started 1 with accelerate_configs/zero2.yaml; "
-        "choose a file whose distributed_type can (MULTI_CPU cannot)"
+        "launch.num_processes is 2, but 1 were started; "
+        "run 'hymba-align sft' itself, which starts as many as the recipe asks for"
     )
     assert work == []
 
@@ -525,17 +683,21 @@ def test_inside_torchrun_a_stage_uses_the_processes_that_are_there(
 
 
 def test_other_ranks_wait_until_rank_0_has_prepared_the_folder(
-    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    recipe_file: str, work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.3)
+    monkeypatch.setattr(pipeline, "NOTICE_S", 0.1)
 
     with pytest.raises(UsageError) as caught:
         pipeline.run_training_stage(load_recipe(recipe_file), "sft")
 
     assert str(caught.value) == (
         f"rank 1 waited 0 s for rank 0 to start sft in {tmp_path}/run; set output_dir to a folder that all machines share"
+    )
+    assert capsys.readouterr().err == (
+        f"rank 1 waits for rank 0 to start sft in {tmp_path}/run, which all machines have to share\n"
     )
     assert work == []
 
@@ -613,8 +775,8 @@ def test_run_refuses_to_be_one_of_many(recipe_file: str, work, monkeypatch: pyte
         pipeline.run_recipe(load_recipe(recipe_file))
 
     assert str(caught.value) == (
-        "'run' starts its processes itself (launch.num_processes); start it without torchrun or accelerate, "
-        "or launch 'sft' and 'dpo' one by one"
+        "'run' starts its processes itself (launch.num_processes), and is one process; start it without torchrun, "
+        "accelerate or srun, or start 'sft' and 'dpo' with them, and 'run' afterwards, which scores what they made"
     )
     assert work == []
 

@@ -181,8 +181,16 @@ def test_a_malformed_recipe_is_one_sentence_with_file_line_key_and_value(write, 
         ),
         (
             BASE + "eval: {}\nlaunch: {num_processes: 2}\n",
-            "recipe.yaml:4: launch: num_processes is 2, and no file says how they work together; "
-            "set launch.accelerate_config to a file of accelerate_configs/",
+            "recipe.yaml:4: launch: num_processes is 2, and nothing says how they work together; "
+            "set launch.launcher (ddp, zero2, ...: accelerate_configs/README.md says which)",
+        ),
+        (
+            BASE + "eval: {}\nlaunch: {num_processes: 2, launcher: single}\n",
+            "recipe.yaml:4: launch: launcher is single and num_processes is 2; set num_processes to 1, or launcher to ddp",
+        ),
+        (
+            BASE + "eval: {}\nlaunch: {launcher: ddp, accelerate_config: my.yaml}\n",
+            "recipe.yaml:4: launch: it holds both launcher and accelerate_config; remove one of them (or set it to null)",
         ),
     ],
 )
@@ -246,6 +254,11 @@ def test_an_override_can_remove_a_section(write) -> None:
         ("limit", "override 'limit' is not of the form key.path=value, for instance sft.max_length=1024"),
         (".limit=3", "override '.limit=3' is not of the form key.path=value, for instance sft.max_length=1024"),
         ("limit=3", "override 'limit=3': limit is not a key of a recipe; the nearest is eval.limit"),
+        (
+            "sft.guard.x=3",
+            "override 'sft.guard.x=3': sft.guard.x is not a key of a recipe; valid here: on_nonfinite, max_skipped, on_spike, "
+            "spike_window, spike_deviations, spike_logs",
+        ),
         ("data.pth=a", "override 'data.pth=a': data.pth is not a key of a recipe; the nearest is data.path"),
         ("eval.limit.x=3", "override 'eval.limit.x=3': eval.limit is a value and has no keys; write eval.limit=value"),
         ("eval.limit=few", "override 'eval.limit=few': eval.limit is 'few'; it must be a valid integer"),

@@ -23,7 +23,7 @@ def evaluate(
     """
     import torch
 
-    from hymba_align.checkpoint import check_is_hymba, load_model
+    from hymba_align.checkpoint import check_embeddings, check_is_hymba, load_model
     from hymba_align.data.template import load_tokenizer
     from hymba_align.eval.gsm8k import score_gsm8k
     from hymba_align.model.kernels.choice import check_request
@@ -33,6 +33,7 @@ def evaluate(
     cuda = torch.cuda.is_available()
     tokenizer = load_tokenizer(str(checkpoint), chat_template=chat_template)
     model = load_model(str(checkpoint), dtype="bfloat16" if cuda else "float32")
+    check_embeddings(str(checkpoint), model.config.vocab_size, tokenizer)
     torch.nn.Module.to(model, "cuda" if cuda else "cpu")  # PreTrainedModel hides the signature
     results: dict[str, TaskResult] = {}
     for task in section.tasks:

@@ -9,7 +9,7 @@ import yaml
 
 from hymba_align.eval.result import Sample, TaskResult, read_result
 from hymba_align.files import read_json, write_text
-from hymba_align.metrics import read_metrics
+from hymba_align.run.metrics import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,12 +64,23 @@ def score_table(run_root: Path) -> Table:
 
 
 def load_results(run_root: Path) -> list[tuple[str, str, TaskResult]]:
-    """(stage, task, result) of every result file, in the order of the stages."""
+    """(stage, task, result) of every result file, in the order of the stages, but for those of weights that are gone."""
     found = []
     for stage in STAGES:
+        if _are_of_earlier_weights(run_root, stage):
+            continue
         for path in sorted((run_root / "eval" / stage).glob("*.json")):
             found.append((stage, path.stem, read_result(path)))
     return found
+
+
+def _are_of_earlier_weights(run_root: Path, stage: str) -> bool:
+    """Whether the stage was trained anew, on other inputs, after it was scored; folders without manifests count as whole."""
+    scored, trained = run_root / "eval" / f"{stage}.manifest.json", run_root / stage / "manifest.json"
+    if not scored.is_file() or not trained.is_file():
+        return False
+    inputs = read_json(scored).get("details", {}).get("inputs")
+    return inputs is not None and inputs != read_json(trained).get("completed")
 
 
 def _score_section(results: list[tuple[str, str, TaskResult]], published: dict[str, str]) -> list[str]:
@@ -123,6 +134,8 @@ def _training_section(run_root: Path) -> list[str]:
         losses = [record for record in records if record.get("loss") is not None]
         if losses:
             blocks += [f"### {stage.upper()}", _stage_table(recipe.get(stage) or {}, losses, records)]
+            warnings = [f"- step {record['step']}: {record['warning']}" for record in records if record.get("warning")]
+            blocks += ["Warnings:\n\n" + "\n".join(warnings)] if warnings else []
     return blocks or ["No stage has trained yet."]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hymba_align.errors import RecipeError
-from hymba_align.recipe import Recipe
+from hymba_align.recipe import DataSection, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,12 +63,13 @@ def quiet_libraries() -> Iterator[None]:
 
 def load_start(recipe: Recipe, start: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that a stage starts from, with the tokenizer's special tokens in its configurations."""
-    from hymba_align.checkpoint import build_base, load_model
+    from hymba_align.checkpoint import build_base, check_embeddings, load_model
 
     if start is None:
         model = build_base(recipe.base, tokenizer, recipe.seed)
     else:
         model = load_model(str(start), dtype=recipe.base.dtype)
+        check_embeddings(str(start), model.config.vocab_size, tokenizer)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
@@ -123,6 +124,19 @@ def prepare_once(
     sources, written = shared[0]
     read = {name: load_from_disk(folder / name) for name in written}
     return Prepared(read["dataset"], read.get("validation"), sources)
+
+
+def check_planned(data: DataSection, stage_dir: Path) -> None:
+    """Raises DataError when the rows are not those that the stage was planned, and named, for; asked once they are read.
+
+    A stage that nobody planned has no record of its rows.
+    """
+    from hymba_align.data.unchanged import check_unchanged
+    from hymba_align.files import read_json
+
+    record = stage_dir / "manifest.json"
+    if record.is_file():
+        check_unchanged(data, read_json(record).get("contents", ()))
 
 
 def record_data(

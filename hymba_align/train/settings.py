@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,13 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 0.2,  # below 1: a share of all steps
     "save_total_limit": 2,
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # Hymba uses all of them; looking for unused ones costs a walk of the graph per step
 }
+
+ENGINE = "the engine is described in launch (launcher, or accelerate_config)"
+UPLOAD = "a run writes into its folder and publishes nothing; 'hf upload' publishes its final/"
+# Reporters whose files can be kept in the run folder; others write where the command runs, or at home.
+REPORTERS = ("none", "tensorboard", "wandb")
 
 # Trainer fields that a recipe may not set, and where the value comes from instead.
 OWNED: dict[str, str] = {
@@ -46,8 +53,23 @@ OWNED: dict[str, str] = {
     "seed": "set the recipe's seed",
     "remove_unused_columns": "the collators need the columns that TRL keeps",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
+    "save_on_each_node": "all machines share the run folder, and the first process writes",
     "logging_nan_inf_filter": "losses that are not finite must stop the run",
     "disable_tqdm": "progress is shown by hymba-align",
+    "deepspeed": ENGINE,
+    "fsdp": ENGINE,
+    "fsdp_config": ENGINE,
+    "parallelism_config": ENGINE,
+    "push_to_hub": UPLOAD,
+    "hub_token": UPLOAD,
+    "hub_model_id": UPLOAD,
+    "hub_private_repo": UPLOAD,
+    "hub_strategy": UPLOAD,
+    "hub_always_push": UPLOAD,
+    "hub_revision": UPLOAD,
+    "trackio_space_id": UPLOAD,
+    "trackio_bucket_id": UPLOAD,
+    "trackio_static_space_id": UPLOAD,
     "model_init_kwargs": "the model is described in base",
     "trust_remote_code": "Hymba is native here and needs no remote code",
     "router_aux_loss_coef": "Hymba has one expert per layer and no router loss",
@@ -129,6 +151,8 @@ def stage_section(recipe: Recipe, stage: TrainingStage) -> SFTSection | DPOSecti
 def trainer_arguments(recipe: Recipe, stage: TrainingStage, config_class: type[ConfigT], stage_dir: Path) -> ConfigT:
     """The TRL configuration of a stage. Raises: RecipeError for what TRL or transformers refuse."""
     settings = trainer_settings(recipe, stage)
+    if "wandb" in (settings["report_to"] or ()):
+        os.environ["WANDB_DIR"] = str(stage_dir)  # its default is the directory in which the command runs
     try:
         return config_class(output_dir=str(stage_dir), **settings)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -166,6 +190,7 @@ def _checked(given: dict[str, Any], stage: TrainingStage) -> dict[str, Any]:
             raise RecipeError(f"{where} cannot be set: {OWNED[key].format(stage=stage)}")
         checked[key] = _typed(where, key, value, types[key])
     _refuse_combinations(checked, stage)
+    _refuse_reporters(checked.get("report_to"), stage)
     # transformers 5 warns at the old name and drops it in version 6; TRL still declares it.
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if old in checked:
@@ -198,6 +223,16 @@ def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None
             "dpo.trainer.accelerator_config.dispatch_batches is true, which would separate chosen from rejected; "
             "remove it"
         )
+
+
+def _refuse_reporters(given: str | list[str] | None, stage: TrainingStage) -> None:
+    """Raises for a reporter that would write outside of the run folder."""
+    for name in given if isinstance(given, list) else [given or "none"]:
+        if name not in REPORTERS:
+            raise RecipeError(
+                f"{stage}.trainer.report_to is {name!r}, which does not keep its files in the run folder; "
+                f"choose among {', '.join(REPORTERS)} (metrics.jsonl is always there)"
+            )
 
 
 def _refuse_with_rows(settings: dict[str, Any]) -> None:

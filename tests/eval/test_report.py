@@ -135,3 +135,24 @@ def test_the_table_for_the_terminal_holds_the_same_scores(run_root: Path) -> Non
     assert "87.6 ± 1.2" in text
     assert "20 of 200 (partial)" in text
     assert "58.76" in text
+
+
+def test_scores_of_weights_that_were_trained_anew_since_are_left_out(run_root: Path) -> None:
+    def manifest(path: Path, **values: object) -> None:
+        path.write_text(json.dumps(values))
+
+    manifest(run_root / "eval" / "sft.manifest.json", completed="b", details={"inputs": "earlier"})
+    manifest(run_root / "sft" / "manifest.json", started="earlier", completed="earlier")
+    assert "| after SFT | gsm8k | 200 |" in write_report(run_root).read_text(encoding="utf-8")
+
+    manifest(run_root / "sft" / "manifest.json", started="now", completed="now")
+    text = write_report(run_root).read_text(encoding="utf-8")
+    assert "| after SFT |" not in text
+    assert "| base | gsm8k |" in text
+    assert score_table(run_root).row_count == 1
+
+
+def test_what_training_warned_of_is_in_the_report(run_root: Path) -> None:
+    with (run_root / "sft" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, "warning": "sft: the loss spiked", "skipped_rows": ["a:1"]}) + "\n")
+    assert "Warnings:\n\n- step 7: sft: the loss spiked\n" in write_report(run_root).read_text()

@@ -10,7 +10,7 @@ import yaml
 
 from hymba_align.cli import main
 from hymba_align.recipe import TRAINING_STAGES, is_local_path, load_recipe
-from hymba_align.run_folder import run_root
+from hymba_align.run.folder import run_root
 from hymba_align.train.settings import trainer_settings
 
 RECIPES = sorted(str(path) for path in Path("recipes").rglob("*.yaml"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hymba_align.errors import DataError, RecipeError
-from hymba_align.metrics import read_metrics
 from hymba_align.recipe import DataSection, Recipe
+from hymba_align.run.metrics import read_metrics
 from hymba_align.train.dpo import train_dpo
 from hymba_align.train.settings import trainer_settings
 from hymba_align.train.sft import train_sft

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from hymba_align.data.cache import FOLDER
-from hymba_align.metrics import read_metrics
+from hymba_align.run.metrics import read_metrics
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train.common import load_start, load_start_tokenizer
 from hymba_align.train.dpo import train_dpo
@@ -233,7 +233,7 @@ def test_two_runs_that_compute_at_the_same_time_leave_one_cache(tmp_path: Path) 
     assert [racer.communicate(timeout=120)[0].strip() for racer in racers] == ["computed 3 pairs"] * 2
     assert [racer.returncode for racer in racers] == [0, 0]
     (folder,) = (tmp_path / FOLDER).iterdir()
-    assert sorted(entry.name for entry in folder.iterdir()) == ["digest.json", VALUES]
+    assert sorted(entry.name for entry in folder.iterdir()) == [".lock", "contents.json", "digest.json", VALUES]
 
 
 def test_only_the_main_process_looks_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
