@@ -152,8 +152,10 @@ def test_the_folder_is_made_again_when_it_goes_away_under_the_lock(
 def test_a_data_worker_that_survives_its_killed_parent_holds_nothing(tmp_path: Path) -> None:
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom hymba_align.run.lock import held\n"
+        "runs, is_running = os.pipe()\n"
         "with held(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0:\n        time.sleep(20)\n        os._exit(0)\n"
+        "    if os.fork() == 0:\n        os.write(is_running, b'.')\n        time.sleep(20)\n        os._exit(0)\n"
+        "    os.read(runs, 1)\n"  # until then the worker has not dropped what it inherited
         "    os.kill(os.getpid(), 9)\n"
     )
     parent = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL)
