@@ -17,6 +17,7 @@ TABLES = (
     "dpo_step",
     "shared_shots",
     "generation",
+    "eval",
     "cache_bytes",
     "startup",
 )

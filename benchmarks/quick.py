@@ -119,6 +119,19 @@ def shots() -> Guard:
     return Guard("5-shot prefill of 8 questions, beside every prompt whole", 2.0, ratio)
 
 
+def evaluation() -> Guard:
+    import eval as scored
+
+    def ratio(rounds: int) -> float:
+        asked = argparse.Namespace(gsm8k=scored.SHIPPED, problems=8, batch_size=8, new_tokens=16)
+        tokenizer = scored.train_tokenizer(scored.SHIPPED / "train.jsonl", scored.VOCABULARY)
+        section = scored.section(asked, "first", scored.SHIPPED)
+        seconds, _ = scored.compare(scored.Work(scored.build_model(tokenizer), tokenizer, section, "gsm8k"), rounds)
+        return median_ratio(seconds[scored.PLAIN], seconds[scored.OURS])
+
+    return Guard("8 problems scored, 5-shot, beside lm-eval at batch size 1", 2.0, ratio)
+
+
 def row_length() -> Guard:
     import row_length
 
@@ -158,6 +171,7 @@ GUARDS: dict[str, Callable[[], Guard]] = {
     "dpo": dpo,
     "generation": generate,
     "shots": shots,
+    "evaluation": evaluation,
     "row_length": row_length,
     "cache": cache,
     "startup": startup,

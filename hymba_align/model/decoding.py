@@ -17,6 +17,7 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -84,7 +85,7 @@ def decode(
     max_new_tokens: int | Ids,
     stop_ids: int | Collection[int] | Ids = (),
     stop: Callable[[list[int]], bool] | None = None,
-    on_end: Callable[[int], None] | None = None,
+    on_end: Callable[[int, Decoded], None] | None = None,
     batch_size: int = 32,
     prefix: Prefix | None = None,
     prefill_tokens: int = 8192,
@@ -103,10 +104,12 @@ def decode(
         stop_ids: a sequence ends with the first of these, or this one, that it generates (the end-of-text id goes here).
         stop: called with a sequence's new tokens after each one; True ends the sequence (for stop strings: decode the
             tail and look). Not called after a stop id.
-        on_end: called with the number of each prompt once its continuation is complete (for progress bars).
+        on_end: called with the number of each prompt and its continuation as soon as this is complete (for progress bars,
+            and to keep what is there already).
         batch_size: sequences that decode side by side.
         prefix: what the prompts start with, if it was run before; by default what they have in common is run once.
-        prefill_tokens: most prompt tokens that are run at once, unless a single prompt has more: bounds memory.
+        prefill_tokens: most prompt tokens that are run at once, counted once where prompts share them, unless a single prompt
+            has more: bounds memory.
         temperature: of sampling; 0 takes the likeliest token.
         top_p: samples from the smallest set of tokens whose probabilities reach this sum.
         generator: of random numbers for sampling, on the model's device.
@@ -156,14 +159,14 @@ class _Ending:
 
     ids: frozenset[int]
     stop: Callable[[list[int]], bool] | None
-    on_end: Callable[[int], None] | None
+    on_end: Callable[[int, Decoded], None] | None
 
     @classmethod
     def build(
         cls,
         stop_ids: int | Collection[int] | Ids,
         stop: Callable[[list[int]], bool] | None,
-        on_end: Callable[[int], None] | None,
+        on_end: Callable[[int, Decoded], None] | None,
     ) -> _Ending:
         ids = _one_or_several(list(stop_ids) if isinstance(stop_ids, Set) else stop_ids, "decode: stop_ids")
         return cls(frozenset([ids] if isinstance(ids, int) else ids), stop, on_end)
@@ -174,7 +177,7 @@ class _Ending:
         sequence.ended = token in self.ids or (self.stop is not None and self.stop(sequence.tokens))
         goes_on = not sequence.ended and len(sequence.tokens) < sequence.limit
         if not goes_on and self.on_end is not None:
-            self.on_end(sequence.number)
+            self.on_end(sequence.number, Decoded(sequence.tokens, sequence.ended))
         return goes_on
 
 
@@ -212,8 +215,8 @@ def _run(
     batch_size: int,
     prefill_tokens: int,
 ) -> None:
-    """Generates every sequence's tokens. Long prompts go first: prompts run together are then about as long."""
-    waiting = deque(sorted(sequences, key=lambda one: -len(one.prompt)))
+    """Generates every sequence's tokens."""
+    waiting = _in_order(sequences)
     rows: list[_Sequence | None] = [None] * min(batch_size, len(sequences))
     cache = prefix.cache.expanded(len(rows))
     while waiting or any(rows):
@@ -248,8 +251,10 @@ def _refill(
     free = [row for row, one in enumerate(rows) if one is None]
     group = [waiting.popleft()]
     tokens = len(group[0].prompt)
-    while waiting and len(group) < len(free) and tokens + len(waiting[0].prompt) <= prefill_tokens:
-        tokens += len(waiting[0].prompt)
+    while waiting and len(group) < len(free):
+        tokens += len(waiting[0].prompt) - _shared(group[-1], waiting[0])
+        if tokens > prefill_tokens:
+            break
         group.append(waiting.popleft())
     shared = share_prefixes([one.prompt for one in group])
     last = (shared.tree.offsets + shared.tree.lengths - 1)[shared.ends]
@@ -268,6 +273,24 @@ def _refill(
         cache.put(torch.tensor(free[: len(going)]), fresh)
         for row, number in zip(free, going, strict=False):
             rows[row] = group[number]
+
+
+def _in_order(sequences: list[_Sequence]) -> deque[_Sequence]:
+    """Long prompts first, so that those run together are about as long; but those that share half of one stay together."""
+    ordered = sorted(sequences, key=lambda one: one.prompt)
+    clusters = [ordered[:1]]
+    for before, after in pairwise(ordered):
+        if 2 * _shared(before, after) >= min(len(before.prompt), len(after.prompt)):
+            clusters[-1].append(after)
+        else:
+            clusters.append([after])
+    clusters.sort(key=lambda cluster: -max(len(one.prompt) for one in cluster))
+    return deque(chain.from_iterable(clusters))
+
+
+def _shared(before: _Sequence, after: _Sequence) -> int:
+    """Tokens that both prompts begin with."""
+    return common_tokens(np.array(before.prompt), np.array(after.prompt))
 
 
 def _check_lengths(prompts: list[list[int]], max_new_tokens: int | Ids, context: int) -> list[int]:

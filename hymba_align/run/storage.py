@@ -24,11 +24,12 @@ RESUMES = "then run the same command again: it continues from the last complete 
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, needed_bytes: Callable[[], int] | None = None) -> Iterator[None]:
+def writing(folder: Path, *, needed_bytes: Callable[[], int] | None = None, resumes: str = RESUMES) -> Iterator[None]:
     """Turns what a write below `folder` can raise into a StorageError; other errors pass unchanged.
 
     Args:
         needed_bytes: what has to fit, where that is known.
+        resumes: end of the message: how to go on afterwards.
     """
     try:
         yield
@@ -39,7 +40,7 @@ def writing(folder: Path, *, needed_bytes: Callable[[], int] | None = None) -> I
         if number is None:
             raise
         raise StorageError(
-            _message(error, number, folder, needed_bytes() if needed_bytes is not None else None)
+            _message(error, number, folder, needed_bytes() if needed_bytes is not None else None, resumes)
         ) from error
 
 
@@ -62,17 +63,17 @@ def _error_number(error: BaseException | None, folder: Path) -> int | None:
     return None
 
 
-def _message(error: Exception, number: int, folder: Path, needed: int | None) -> str:
+def _message(error: Exception, number: int, folder: Path, needed: int | None, resumes: str) -> str:
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     where = Path(str(named)) if named is not None else folder
     if number in FULL:
-        return f"{where} cannot be written ({_FULL[number]}); {_make_room(folder, number, needed)}, {RESUMES}"
+        return f"{where} cannot be written ({_FULL[number]}); {_make_room(folder, number, needed)}, {resumes}"
     if number in READ_ONLY:
         what = "its file system is read-only" if number == errno.EROFS else "this user may not write there"
-        return f"{where} cannot be written ({what}); make it writable, {RESUMES}"
+        return f"{where} cannot be written ({what}); make it writable, {resumes}"
     return (
         f"{where} cannot be written (the disk or the network file system failed: {errno.errorcode[number]}); have it checked, "
-        f"{RESUMES}"
+        f"{resumes}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 
 from hymba_align.checkpoint import base_config
 from hymba_align.data.template import load_tokenizer
-from hymba_align.eval import harness
+from hymba_align.eval import answers
+from hymba_align.eval.answers import Processes
+from hymba_align.eval.run import TaskRun
 from hymba_align.model import HymbaConfig, HymbaForCausalLM
 from hymba_align.model.decoding import Decoded
-from hymba_align.recipe import BaseSection, EvalSection, GSM8KSection
+from hymba_align.recipe import BaseSection
+from hymba_align.recipe_eval import EvalSection, GSM8KSection
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "arithmetic"
@@ -35,16 +38,19 @@ class LookUp(HymbaForCausalLM):
         *,
         max_new_tokens: int,
         stop: Callable[[list[int]], bool],
+        on_end: Callable[[int, Decoded], None],
         **settings: Any,
     ) -> list[Decoded]:
         """As `model.decoding.decode`, token by token, with the answers looked up."""
         self.given.append((prompts, {"max_new_tokens": max_new_tokens, **settings}))
         decoded = []
         for prompt in prompts:
-            asked = self.tokenizer.decode(prompt).split("Question: ")[-1].split("\nAnswer:")[0]
+            turn = self.tokenizer.decode(prompt).split("Question: ")[-1].split("\n<extra_id_1>")[0]
+            asked = turn.removesuffix("\nAnswer:")
             reply = self.tokenizer.encode(self.answers(asked), add_special_tokens=False)[:max_new_tokens]
             end = next((count for count in range(1, len(reply) + 1) if stop(reply[:count])), None)
             decoded.append(Decoded(reply[:end], ended=end is not None))
+            on_end(len(decoded) - 1, decoded[-1])
         return decoded
 
 
@@ -68,11 +74,11 @@ def model(config: HymbaConfig) -> HymbaForCausalLM:
 def look_up(
     tokenizer: Any, config: HymbaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[str], str]], LookUp]:
-    monkeypatch.setattr(harness, "decode", lambda model, prompts, **settings: model.decode(prompts, **settings))
+    monkeypatch.setattr(answers, "decode", lambda model, prompts, **settings: model.decode(prompts, **settings))
 
-    def make(answers: Callable[[str], str]) -> LookUp:
+    def make(replies: Callable[[str], str]) -> LookUp:
         model = LookUp(config).eval()
-        model.answers, model.tokenizer, model.given = answers, tokenizer, []
+        model.answers, model.tokenizer, model.given = replies, tokenizer, []
         return model
 
     return make
@@ -95,3 +101,28 @@ def solutions(section: EvalSection) -> dict[str, str]:
     assert section.gsm8k.test_path is not None
     rows = [json.loads(line) for line in Path(section.gsm8k.test_path).read_text(encoding="utf-8").splitlines()]
     return {row["question"]: row["answer"] for row in rows}
+
+
+@pytest.fixture
+def run_of(tokenizer: Any, tmp_path: Path) -> Iterator[Callable[..., TaskRun]]:
+    """A run of a model over a section, with answers of its own each time."""
+    runs: list[TaskRun] = []
+
+    def make(model: Any, section: EvalSection, *, tokenizer: Any = tokenizer) -> TaskRun:
+        run = TaskRun(
+            model=model,
+            tokenizer=tokenizer,
+            section=section,
+            out_dir=tmp_path / f"run-{len(runs)}",
+            checkpoint="a checkpoint",
+            chat_template={"name": "hymba", "sha256": "0" * 64},
+            processes=Processes.alone(),
+            identity="a model",
+        )
+        runs.append(run)
+        return run
+
+    yield make
+    for run in runs:
+        for answers_of_task, _ in run._opened.values():
+            answers_of_task.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -15,8 +16,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.testing import assert_close
 
+from hymba_align.errors import UsageError
 from hymba_align.eval import harness
-from hymba_align.eval.harness import HymbaLM, StopAt
+from hymba_align.eval.answers import Answer, Answers, Processes, StopAt
+from hymba_align.eval.harness import HymbaLM
 from hymba_align.model import HymbaConfig, HymbaForCausalLM
 from hymba_align.model.decoding import decode
 from hymba_align.model.kernels import choice
@@ -71,7 +74,10 @@ def chats(tokenizer: Any, rows: list[dict[str, str]], *, same_shots: bool, quest
 
 def asks(prompts: list[str], **settings: Any) -> list[Instance]:
     settings = {"until": [], "max_gen_toks": NEW_TOKENS, "do_sample": False, **settings}
-    return [Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=0) for prompt in prompts]
+    return [
+        Instance("generate_until", doc={}, arguments=(prompt, settings), idx=0, metadata=("gsm8k", number, 1))
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def plain(model: Any, tokenizer: Any, max_length: int = MAX_LENGTH) -> HFLM:
@@ -86,9 +92,11 @@ def plain(model: Any, tokenizer: Any, max_length: int = MAX_LENGTH) -> HFLM:
 
 
 def ours(model: Any, tokenizer: Any, max_length: int = MAX_LENGTH, **settings: Any) -> HymbaLM:
-    return HymbaLM(
-        model, tokenizer, batch_size=4, max_length=max_length, terminal=settings.pop("terminal", io.StringIO())
-    )
+    """The adapter; `settings` are those of `Answers`, and `redact`."""
+    settings = {"processes": Processes.alone(), "terminal": io.StringIO(), **settings}
+    redact = settings.pop("redact", None)
+    answers = Answers(model, tokenizer, store=None, identity="", batch_size=4, max_length=max_length, **settings)
+    return HymbaLM(answers, name="answers", redact=redact)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -112,7 +120,10 @@ def test_equal_shots_run_once_for_all_questions(
     tokens = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     common = next(place for place, ids in enumerate(zip(*tokens, strict=False)) if len(set(ids)) > 1)
     assert common > 5 * max(len(prompt) - common for prompt in tokens), "most of a prompt is shots"
-    assert sum(run_tokens) == model.config.num_memory_tokens + common + sum(len(prompt) - common for prompt in tokens)
+    shots, *questions = run_tokens
+    own = sum(len(prompt) - common for prompt in tokens)
+    assert shots == model.config.num_memory_tokens + common
+    assert 0.9 * own < sum(questions) <= own  # two questions of a group may begin with the same words
 
 
 def test_answers_end_at_the_same_stop_strings(
@@ -133,7 +144,7 @@ def test_an_answer_ends_at_the_models_own_end_token_and_is_counted(
     prompts = chats(tokenizer, rows, same_shots=True)
     adapter = ours(model, tokenizer)
     free = adapter.generate_until(asks(prompts))
-    assert adapter.ended == 0
+    assert all(answer.cut_off and answer.tokens == NEW_TOKENS for answer in adapter.answers_of.values())
     # from here on an answer's fifth token ends it
     ids = tokenizer.encode(prompts[0], add_special_tokens=False)
     end = decode(model, [ids], max_new_tokens=NEW_TOKENS)[0].tokens[4]
@@ -141,9 +152,9 @@ def test_an_answer_ends_at_the_models_own_end_token_and_is_counted(
     expected = plain(model, tokenizer).generate_until(asks(prompts), disable_tqdm=True)
     assert adapter.generate_until(asks(prompts)) == expected
     assert len(expected[0]) < len(free[0])
-    monkeypatch.setattr(HymbaLM, "eot_token_id", end)
-    adapter.generate_until(asks(prompts))
-    assert adapter.ended >= 1
+    answers = [adapter.answers_of["gsm8k", number] for number in range(len(prompts))]
+    assert answers[0] == Answer(expected[0], 5, cut_off=False)
+    assert [answer.text for answer in answers] == expected
 
 
 def test_the_end_of_turn_token_ends_an_answer_that_the_model_itself_would_go_on_with(
@@ -154,15 +165,18 @@ def test_the_end_of_turn_token_ends_an_answer_that_the_model_itself_would_go_on_
     free = plain(model, tokenizer).generate_until(asks(prompts), disable_tqdm=True)
     ids = tokenizer.encode(prompts[0], add_special_tokens=False)
     end = decode(model, [ids], max_new_tokens=NEW_TOKENS)[0].tokens[4]
-    monkeypatch.setattr(HFLM, "eot_token_id", end)
-    expected = plain(model, tokenizer).generate_until(asks(prompts), disable_tqdm=True)
-    adapter = ours(model, tokenizer)
+    other = copy.deepcopy(tokenizer)  # a shallow copy would share its special tokens
+    other.eos_token = tokenizer.convert_ids_to_tokens(end)
+    expected = plain(model, other).generate_until(asks(prompts), disable_tqdm=True)
+    adapter = ours(model, other)
     assert adapter.generate_until(asks(prompts)) == expected
     assert len(expected[0]) < len(free[0])
-    shared, adapter.ended = adapter.ended, 0
+    shared = dict(adapter.answers_of)
+    assert not shared["gsm8k", 0].cut_off
     monkeypatch.setattr(harness, "_not_hymba", lambda _: "a test says so")
+    adapter.answers_of.clear()
     adapter.generate_until(asks(prompts))
-    assert adapter.ended == shared > 0, "lm-eval's own path counts them too"
+    assert adapter.answers_of == shared, "lm-eval's own path counts them too"
 
 
 def test_prompts_beyond_the_context_lose_their_beginning_and_are_counted(
@@ -174,10 +188,14 @@ def test_prompts_beyond_the_context_lose_their_beginning_and_are_counted(
     expected = plain(model, tokenizer, context).generate_until(asks(prompts), disable_tqdm=True)
     adapter = ours(model, tokenizer, context)
     assert adapter.generate_until(asks(prompts)) == expected
-    assert adapter.truncated_prompts == sum(length > lengths[2] for length in lengths) > 0
-    assert adapter.max_prompt_tokens == lengths[-1]
-    with pytest.raises(ValueError, match=rf"{context} new tokens are asked for, which leaves no room for a prompt"):
+    assert adapter.answers.truncated_prompts == sum(length > lengths[2] for length in lengths) > 0
+    assert adapter.answers.longest_prompt == lengths[-1]
+    with pytest.raises(UsageError) as error:
         adapter.generate_until(asks(prompts, max_gen_toks=context))
+    assert str(error.value) == (
+        f"answers: {context} new tokens are asked for, which leaves no room for a prompt in the context of {context} tokens; "
+        "lower max_new_tokens"
+    )
 
 
 def test_requests_with_different_settings_keep_their_order_and_their_own_lengths(
@@ -192,16 +210,11 @@ def test_requests_with_different_settings_keep_their_order_and_their_own_lengths
     assert ours(model, tokenizer).generate_until(mixed) == plain(model, tokenizer).generate_until(mixed, True)
 
 
-def test_the_bar_counts_every_problem_once(model: HymbaForCausalLM, tokenizer: Any, rows: list[dict[str, str]]) -> None:
+def test_the_bar_counts_every_answer_once(model: HymbaForCausalLM, tokenizer: Any, rows: list[dict[str, str]]) -> None:
     terminal = io.StringIO()
-    adapter = ours(model, tokenizer, terminal=terminal)
-    adapter.generate_until(asks(chats(tokenizer, rows, same_shots=True)))
+    ours(model, tokenizer, terminal=terminal).generate_until(asks(chats(tokenizer, rows, same_shots=True)))
     assert "6/6" in terminal.getvalue()
     assert "7/6" not in terminal.getvalue()
-    assert adapter.bar.n == 6
-    silent = io.StringIO()
-    ours(model, tokenizer, terminal=silent).generate_until(asks(["One?"], max_gen_toks=1), disable_tqdm=True)
-    assert not silent.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -251,12 +264,11 @@ def test_another_model_takes_lm_evals_own_path_and_says_so(
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).eval()
-    terminal = io.StringIO()
-    adapter = ours(llama, tokenizer, terminal=terminal)
+    adapter = ours(llama, tokenizer)
     prompts = chats(tokenizer, rows, same_shots=True)[:3]
     answers = adapter.generate_until(asks(prompts))
     assert answers == plain(llama, tokenizer).generate_until(asks(prompts), disable_tqdm=True)
-    assert "3/3" in terminal.getvalue()
+    assert [adapter.answers_of["gsm8k", number].text for number in range(3)] == answers
     found = [value for value, _ in adapter.loglikelihood(choices(rows)[:4], disable_tqdm=True)]
     expected = [value for value, _ in plain(llama, tokenizer).loglikelihood(choices(rows)[:4], disable_tqdm=True)]
     assert_close(found, expected, **CLOSE)
@@ -310,8 +322,7 @@ def test_a_stop_string_is_seen_by_the_token_that_completes_it_as_lm_eval_sees_it
     from lm_eval.models.utils_hf import stop_sequences_criteria
 
     ids = tokenizer.encode("It has a dozen.\n\nQuestion: no\n#### 12</s>\n\n", add_special_tokens=False)
-    ended: list[int] = []
-    stop = StopAt(tokenizer, [string], ids=(), most=len(ids) + 1, on_end=lambda: ended.append(1))
+    stop = StopAt(tokenizer, [string], ids=())
     found = next(count for count in range(1, len(ids) + 1) if stop(ids[:count]))
     theirs = next(
         count
@@ -319,14 +330,6 @@ def test_a_stop_string_is_seen_by_the_token_that_completes_it_as_lm_eval_sees_it
         if stop_sequences_criteria(tokenizer, [string], 0, 1)[0](torch.tensor([ids[:count]]), None)
     )
     assert found == theirs
-    assert ended == [1]
-
-
-def test_an_answer_that_runs_out_of_tokens_has_ended_without_a_stop(tokenizer: Any) -> None:
-    ended: list[int] = []
-    stop = StopAt(tokenizer, ["never"], ids={9}, most=3, on_end=lambda: ended.append(1))
-    assert [stop([5]), stop([5, 5]), len(ended), stop([5, 5, 5]), len(ended)] == [False, False, 0, False, 1]
-    assert stop([9])
 
 
 # ---- log-likelihoods ------------------------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ def test_a_question_runs_once_for_its_four_choices_and_the_shots_once_for_all(
     assert run_tokens == [model.config.num_memory_tokens + len(prefixes)]
     assert len(prefixes) < sum(map(len, read)) / 8
     run_tokens.clear()
-    bounded = HymbaLM(model, tokenizer, batch_size=4, max_length=MAX_LENGTH, terminal=io.StringIO(), tokens_per_row=200)
+    bounded = ours(model, tokenizer, tokens_per_row=200)
     bounded.loglikelihood(requests, disable_tqdm=True)
     assert len(run_tokens) > 2
     assert max(run_tokens[1:]) <= 200  # after the shots
@@ -383,10 +386,11 @@ def test_a_continuation_longer_than_the_context_is_refused(
     model: HymbaForCausalLM, tokenizer: Any, rows: list[dict[str, str]]
 ) -> None:
     long = Instance(request_type="loglikelihood", doc={}, arguments=("Question:", " 7" * 60), idx=0)
-    with pytest.raises(
-        ValueError, match=r"a continuation has \d+ tokens, more than the context of 40; score a shorter"
-    ):
+    with pytest.raises(UsageError) as error:
         ours(model, tokenizer, 40).loglikelihood([long], disable_tqdm=True)
+    assert str(error.value) == (
+        "answers: a continuation has 120 tokens, more than the context of 40; score a shorter one or raise max_length"
+    )
 
 
 def test_whole_texts_are_scored_as_by_lm_eval(

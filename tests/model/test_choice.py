@@ -15,7 +15,8 @@ from hymba_align.eval import evaluate
 from hymba_align.model.kernels import choice
 from hymba_align.model.kernels.choice import VARIABLE, choose_kernels
 from hymba_align.pipeline import run_recipe
-from hymba_align.recipe import EvalSection, load_recipe
+from hymba_align.recipe import load_recipe
+from hymba_align.recipe_eval import EvalSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -127,11 +127,20 @@ def test_a_slot_takes_the_next_prompt_as_soon_as_its_sequence_ends(small_model: 
     steps = watch_steps(small_model)
     limits = [21, 6, 6, 6, 6]  # the first token comes from the prompt: 20 steps, and 4 times 5
     ended: list[int] = []
-    decode(small_model, [[7, n, 2] for n in range(5)], max_new_tokens=limits, batch_size=2, on_end=ended.append)
+    complete: dict[int, Decoded] = {}
+    answers = decode(
+        small_model,
+        [[7, n, 2] for n in range(5)],
+        max_new_tokens=limits,
+        batch_size=2,
+        on_end=lambda number, answer: (ended.append(number), complete.update({number: answer})),
+    )
     assert [rows for rows, _ in steps] == [
         2
     ] * 20  # both slots busy until the end: not one step more than the work needs
     assert sorted(ended) == [0, 1, 2, 3, 4]
+    assert [complete[number] for number in range(5)] == answers
+    assert ended[:3] == [1, 2, 3], "each is handed over when it ends"
 
 
 def test_what_all_prompts_begin_with_runs_once_and_what_some_share_runs_once_per_group(
@@ -152,6 +161,15 @@ def test_prompts_run_longest_first_and_together_only_up_to_a_number_of_tokens(sm
     prompts = [[number, *ids(number, length - 1)] for number, length in enumerate([3, 9, 5, 12, 4])]
     decode(small_model, prompts, max_new_tokens=1, prefill_tokens=10)
     assert run[1:] == [12, 9, 5 + 4, 3]  # after the meta tokens; one prompt alone may have more
+
+
+def test_prompts_that_share_most_stay_together_and_what_they_share_counts_once(small_model: HymbaForCausalLM) -> None:
+    run: list[int] = []
+    small_model.model.layers[0].register_forward_pre_hook(lambda _, inputs: run.append(len(inputs[0])))
+    long, short = [1, *ids(0, 29)], [2, *ids(1, 19)]
+    prompts = [[*block, *[n] * n] for n in (1, 2, 3) for block in (short, long)]
+    decode(small_model, [[8], *prompts, [9, 9, 9]], max_new_tokens=1, prefill_tokens=36)
+    assert run[1:] == [30 + 1 + 2 + 3, 20 + 1 + 2 + 3 + 3 + 1]  # after the meta tokens
 
 
 def test_a_prefix_is_reused_and_left_as_it_is(small_model: HymbaForCausalLM) -> None:
