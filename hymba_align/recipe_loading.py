@@ -71,6 +71,8 @@ class _Source:
     """Plain values, and for each key path the place that a complaint about it should name."""
 
     name: str
+    kind: str = "recipe"
+    """What its keys are keys of"""
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
 
@@ -88,16 +90,23 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 
 def load_section(
-    section: type[SectionType], path: str | Path | None, overrides: Sequence[str] = (), prefix: str = ""
+    section: type[SectionType],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    prefix: str = "",
+    *,
+    what: str = "the recipe",
+    keys: str = "name, base",
 ) -> SectionType:
     """A validated `section` from a YAML file (None: from nothing) and `key.path=value` overrides.
 
-    `prefix` stands before key paths in messages, for a section that is part of a recipe.
+    `prefix` stands before key paths in messages, for a section that is part of a recipe; `what` the file is, and some of
+    its `keys`, are told where it is no mapping at all.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a key or value is invalid.
     """
-    source = _read(Path(path)) if path is not None else _Source("overrides")
+    source = _read(Path(path), what, keys) if path is not None else _Source("overrides")
     secrets.remember(source.values)  # before anything about them can be said
     for override in overrides:
         _apply_override(section, source, override, prefix)
@@ -113,19 +122,19 @@ def load_section(
         raise RecipeError(_complaint(section, source, error, prefix)) from None
 
 
-def _read(path: Path) -> _Source:
+def _read(path: Path, what: str, keys: str) -> _Source:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe file{_nearest_file(path)}") from None
+        raise RecipeError(f"{path}: there is no such {what.removeprefix('the ')} file{_nearest_file(path)}") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder; name a recipe file in it{_nearest_file(path / '*')}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the recipe cannot be read: {error}") from error
-    source = _Source(str(path))
+        raise RecipeError(f"{path}: {what} cannot be read: {error}") from error
+    source = _Source(str(path), what.removeprefix("the "))
     values = _parse(text, source)
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: the recipe is {_shown(values)}; it must be a mapping with the keys name, base, ...")
+        raise RecipeError(f"{path}: {what} is {_shown(values)}; it must be a mapping with the keys {keys}, ...")
     source.values = values
     return source
 
@@ -209,7 +218,7 @@ def _check_path(section: type[BaseModel], path: KeyPath, place: str, prefix: str
             above = prefix + ".".join(path[:depth])
             raise RecipeError(f"{place}: {above} is a value and has no keys; write {above}=value")
         if key not in inner.model_fields:
-            raise RecipeError(f"{place}: {_unknown_key(section, path[: depth + 1], prefix)}")
+            raise RecipeError(f"{place}: {_unknown_key(section, path[: depth + 1], prefix, 'recipe')}")
         inner, free = _section_below(inner, key)
         if free:
             return
@@ -236,7 +245,7 @@ def _key_paths(section: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPat
             yield from _key_paths(inner, (*above, key))
 
 
-def _unknown_key(section: type[BaseModel], path: KeyPath, prefix: str) -> str:
+def _unknown_key(section: type[BaseModel], path: KeyPath, prefix: str, kind: str) -> str:
     """A sentence about an unknown key: the nearest key of the same section, or else of the whole schema."""
     known = [".".join(candidate) for candidate in _key_paths(section)]
     above = ".".join(path[:-1])
@@ -246,12 +255,14 @@ def _unknown_key(section: type[BaseModel], path: KeyPath, prefix: str) -> str:
     if near:
         hint = f"the nearest is {prefix}{above + '.' if above else ''}{near[0]}"
     else:
-        same_name = [dotted for dotted in known if dotted.rpartition(".")[2] == path[-1]]
+        outermost_first = sorted(known, key=lambda dotted: dotted.count("."))
+        same_name = [dotted for dotted in outermost_first if dotted.rpartition(".")[2] == path[-1]]
+        same_name.sort(key=lambda dotted: dotted.count("."))
         anywhere = same_name or difflib.get_close_matches(unknown, known, n=1, cutoff=0.75)
         valid = ", ".join(dotted.rpartition(".")[2] for dotted in siblings)
         elsewhere = anywhere and anywhere[0] != above  # the section it stands in is no help
         hint = f"the nearest is {prefix}{anywhere[0]}" if elsewhere else f"valid here: {valid}"
-    return f"{prefix}{unknown} is not a key of a recipe; {hint}"
+    return f"{prefix}{unknown} is not a key of a {kind}; {hint}"
 
 
 def _complaint(section: type[BaseModel], source: _Source, error: ValidationError, prefix: str) -> str:
@@ -263,22 +274,22 @@ def _complaint(section: type[BaseModel], source: _Source, error: ValidationError
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first, more = problems[0], len(problems) - 1
     path = tuple(str(part) for part in first["loc"])
-    rest = f" ({more} more problem{'s' if more > 1 else ''} in this recipe)" if more else ""
-    return f"{source.place(path)}: {_problem(section, first, path, prefix)}{rest}"
+    rest = f" ({more} more problem{'s' if more > 1 else ''} in this {source.kind})" if more else ""
+    return f"{source.place(path)}: {_problem(section, first, path, prefix, source.kind)}{rest}"
 
 
 def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
     return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
-def _problem(section: type[BaseModel], error: ErrorDetails, path: KeyPath, prefix: str) -> str:
+def _problem(section: type[BaseModel], error: ErrorDetails, path: KeyPath, prefix: str, kind: str) -> str:
     dotted = prefix + ".".join(path)
     if secrets.is_secret(path):
         error = {**error, "input": secrets.MASK}
     message = re.sub(r"^(Input|Value) should ", "must ", error["msg"])
     match error["type"]:
         case "extra_forbidden":
-            return _unknown_key(section, path, prefix)
+            return _unknown_key(section, path, prefix, kind)
         case "missing":
             return f"{dotted} is missing; add it"
         case "value_error":
@@ -286,6 +297,9 @@ def _problem(section: type[BaseModel], error: ErrorDetails, path: KeyPath, prefi
             return f"{dotted}: {reason}" if path else reason
         case "model_type":
             return f"{dotted} is {_shown(error['input'])}; it must be a section with keys of its own"
+        case "list_type" | "tuple_type":
+            item = error["input"] if isinstance(error["input"], str) else "a, b"
+            return f"{dotted} is {_shown(error['input'])}; it must be a list, such as [{item}]"
         case "string_pattern_mismatch" if dotted == "name":
             return f"{dotted} is {_shown(error['input'])}; use letters, digits, '.', '_' and '-', with a letter or digit first"
         case "string_pattern_mismatch" if path and path[-1] == "convert":

@@ -1,119 +1,133 @@
 """GSM8K through lm-evaluation-harness: its own task definition, our chat template, optionally local files.
 
-What differs from the packaged task: where the rows come from, how many tokens may be generated, and two more stops, the
-token that ends an assistant turn (added by the harness) and the marker that starts the next turn.
+What differs from the packaged task stands in eval/tasks/gsm8k.yaml, and eval/README.md says why. `gsm8k_nvidia` asks as
+NVIDIA's fork of the harness does, without "Answer:".
 
-Few-shot examples: the harness draws `num_fewshot` training rows afresh for every test problem, from a generator seeded
-with 1234, walking the test file in order. So problem i gets the same examples in every run with the same files,
-whatever the process's random state, and `limit` n scores exactly the first n problems of the full test.
+Few-shot examples (`gsm8k.shots`): `drawn` are the harness's own, drawn afresh for every test problem from a generator
+seeded with 1234, walking the test file in order; `first` are the first training rows, the same for every problem. Either
+way problem i gets the same examples in every run with the same files, whatever the process's random state, and `limit` n
+scores exactly the first n problems of the full test.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import io
-import logging
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hymba_align.errors import DataError, RecipeError
-from hymba_align.eval.result import Sample, Score, TaskResult
-from hymba_align.recipe import EvalSection, SourceSection
+from hymba_align.eval.lm_tasks import (
+    EXACT_MATCH,
+    Outcome,
+    check_context,
+    generation_of,
+    length_warnings,
+    make_task,
+    read_definition,
+    run_harness,
+    scores_of,
+    settings_of,
+)
+from hymba_align.eval.result import Sample, TaskResult
+from hymba_align.recipe import SourceSection
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from lm_eval.api.task import Task
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from lm_eval.api.task import Task as HarnessTask
+
+    from hymba_align.eval.run import TaskRun
+    from hymba_align.recipe_eval import EvalSection
+
+__all__ = ["check_context", "check_data", "data_files", "load_task", "score_gsm8k", "score_gsm8k_nvidia"]
 
 FEWSHOT_SEED = 1234
-TURN_MARKER = "<extra_id_1>"
-FILTERS = {"strict-match": "strict_match", "flexible-extract": "flexible_match"}
-PACKAGES = ("lm-eval", "transformers", "torch", "datasets")
+Variant = Literal["gsm8k", "gsm8k_nvidia"]
 
 
-def score_gsm8k(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: EvalSection) -> TaskResult:
+def score_gsm8k(run: TaskRun) -> TaskResult:
     """Strict and flexible exact match of greedy answers, with every sample.
 
     Raises:
         DataError: a file that is missing, malformed or not in GSM8K's format.
         RecipeError: settings that contradict each other or the model's context.
     """
-    from lm_eval.evaluator import evaluate
+    return _score(run, "gsm8k")
 
-    from hymba_align.eval.harness import HymbaLM
 
-    started = time.perf_counter()
-    context = int(model.config.max_position_embeddings)
-    check_context(context, section)
-    task = load_task(section)
-    with _quiet() as terminal:
-        lm = HymbaLM(
-            model,
-            tokenizer,
-            batch_size=section.batch_size,
-            max_length=context,
-            name="gsm8k",
-            terminal=terminal,
-        )
-        results = evaluate(
-            lm=lm,
-            task_dict={"tasks": {"gsm8k": task}},
-            limit=section.limit,
-            apply_chat_template=True,
-            fewshot_as_multiturn=True,
-        )
-    assert results is not None, "scoring runs in one process"
-    total = len(task.eval_docs)
-    samples = merge_samples(results["samples"]["gsm8k"])
-    scores = results["results"]["gsm8k"]
-    return TaskResult(
-        task="gsm8k",
-        n=len(samples),
-        total=total,
-        limit=section.limit,
-        partial=len(samples) < total,
-        scores={
-            name: Score(float(scores[f"exact_match,{key}"]), _number(scores[f"exact_match_stderr,{key}"]))
-            for key, name in FILTERS.items()
+def score_gsm8k_nvidia(run: TaskRun) -> TaskResult:
+    """As `score_gsm8k`, asked as NVIDIA's fork of the harness asks."""
+    return _score(run, "gsm8k_nvidia")
+
+
+def _score(run: TaskRun, variant: Variant) -> TaskResult:
+    section = run.section
+    task = load_task(section, variant)
+    outcome = run_harness(run, variant, task)
+    names = {f"exact_match,{key}": name for key, name in EXACT_MATCH.items()}
+    return run.result(
+        variant,
+        total=len(task.eval_docs),
+        scores=scores_of(outcome, names),
+        samples=samples_of(outcome),
+        settings={
+            **settings_of(task),
+            "question": task.config.doc_to_text,
+            "num_fewshot": section.gsm8k.num_fewshot,
+            "shots": section.gsm8k.shots,
+            "train_path": section.gsm8k.train_path,
+            "test_path": section.gsm8k.test_path or task.DATASET_PATH,
         },
-        settings=_settings(section, model, task),
-        versions={package: importlib.metadata.version(package) for package in PACKAGES},
-        wall_s=time.perf_counter() - started,
-        ended=lm.ended,
-        truncated_prompts=lm.truncated_prompts,
-        warnings=_warnings(lm.truncated_prompts, lm.max_prompt_tokens, context, section),
-        samples=samples,
+        generation=generation_of(run, variant, task),
+        first_prompt=outcome.first_prompt,
+        seed=FEWSHOT_SEED if section.gsm8k.shots == "drawn" and section.gsm8k.num_fewshot else None,
+        warnings=length_warnings(run, variant, run.answers_for(variant), "lower eval.gsm8k.num_fewshot"),
     )
+
+
+def samples_of(outcome: Outcome) -> list[Sample]:
+    """One sample per problem, from the harness's one per problem and filter."""
+    samples = []
+    for number, by_filter in enumerate(outcome.records):
+        records = {EXACT_MATCH[name]: record for name, record in by_filter.items()}
+        first, answer = next(iter(records.values())), outcome.answers[number]
+        samples.append(
+            Sample(
+                id=str(number),
+                target=first["target"],
+                question=first["doc"]["question"],
+                response=first["resps"][0][0],
+                extracted={name: str(record["filtered_resps"][0]) for name, record in records.items()},
+                correct={name: bool(record["exact_match"]) for name, record in records.items()},
+                tokens=answer.tokens,
+                cut_off=answer.cut_off,
+            )
+        )
+    return samples
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
 
 
-def load_task(section: EvalSection) -> Task:
-    """The packaged gsm8k task with this section's data, few-shot count and generation settings."""
-    import lm_eval.tasks
-    import yaml
-    from lm_eval.tasks import TaskManager
-
-    packaged = Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"
-    config: dict[str, Any] = yaml.safe_load(packaged.read_text(encoding="utf-8"))
-    generation = config["generation_kwargs"]
-    config["generation_kwargs"] = {
-        **generation,
-        "until": [*generation["until"], TURN_MARKER],
-        "max_gen_toks": section.max_new_tokens,
-    }
+def load_task(section: EvalSection, variant: Variant = "gsm8k") -> HarnessTask:
+    """The harness's task with this section's data, few-shot examples and length of answers. Raises: DataError, RecipeError."""
+    config = read_definition(variant)
+    config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": section.new_tokens(variant)}
     config["num_fewshot"] = section.gsm8k.num_fewshot
+    if section.gsm8k.shots == "first":
+        config["fewshot_config"] = {"sampler": "first_n"}
     config.update(_local_data(section) or _hub_data(config["dataset_path"], config["dataset_name"]))
-    # Without `include_defaults=False` the harness first reads all its thousands of task files.
-    with _quiet():
-        task: Task = TaskManager(include_defaults=False).load([config])["tasks"]["gsm8k"]
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    return task
+    return make_task(config, fewshot_seed=FEWSHOT_SEED)
+
+
+def data_files(section: EvalSection) -> list[Path]:
+    """The local files that the scores depend on."""
+    paths = (section.gsm8k.train_path, section.gsm8k.test_path)
+    return [Path(path).expanduser() for path in paths if path is not None]
+
+
+def check_data(section: EvalSection, task: Variant, *, ask_hub: bool) -> None:
+    """Raises the DataError or RecipeError of what keeps the task from being set up."""
+    if data_files(section) or ask_hub:
+        load_task(section, task)
 
 
 def _local_data(section: EvalSection) -> dict[str, Any]:
@@ -156,6 +170,8 @@ def _read(path: str, key: str, *, at_least: int) -> Dataset:
 
     from hymba_align.data.reading.sources import open_source, parse_row
 
+    if Path(path).expanduser().is_dir():
+        raise DataError(f"{path} is a folder; {key} names a file")
     if not Path(path).expanduser().is_file():
         raise DataError(f"{path}: no such file; correct {key}")
     rows = []
@@ -180,104 +196,3 @@ def _question_and_answer(row: dict[str, Any]) -> dict[str, str]:
     if "#### " not in row["answer"]:
         raise DataError("the answer has no line '#### <number>' to compare with; add one")
     return {"question": row["question"], "answer": row["answer"]}
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------
-
-
-def check_context(context: int, section: EvalSection) -> None:
-    """Raises RecipeError when answers leave no room for a prompt in a model's context of so many text tokens."""
-    if section.max_new_tokens >= context:
-        raise RecipeError(
-            f"eval.max_new_tokens is {section.max_new_tokens}, which leaves no room for a prompt in the model's context "
-            f"of {context} tokens; lower it"
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[Any]:
-    """Silences the harness's logger and its bar over problems, which no switch turns off; yields the real stderr.
-
-    Whatever else is written to stderr meanwhile, warnings and messages of other libraries, reaches the terminal at once.
-    """
-    terminal, logger = sys.stderr, logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(_WithoutBars(terminal)):
-            yield terminal
-    finally:
-        logger.setLevel(level)
-
-
-class _WithoutBars(io.TextIOBase):
-    """Passes text on, except for progress bars: they begin with a carriage return, and end with a line break alone."""
-
-    def __init__(self, terminal: Any) -> None:
-        self.terminal, self.in_bar = terminal, False
-
-    def write(self, text: str) -> int:
-        bar = text.startswith("\r") or (self.in_bar and text in ("", "\n"))
-        self.in_bar = text.startswith("\r") or (self.in_bar and not text)
-        if not bar:
-            self.terminal.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.terminal.flush()
-
-
-# ---- the result -----------------------------------------------------------------------------------------------------
-
-
-def merge_samples(logged: list[dict[str, Any]]) -> list[Sample]:
-    """One sample per problem, from the harness's one per problem and filter."""
-    by_problem: dict[int, dict[str, dict[str, Any]]] = {}
-    for record in logged:
-        by_problem.setdefault(record["doc_id"], {})[FILTERS[record["filter"]]] = record
-    samples = []
-    for number, records in sorted(by_problem.items()):
-        first = next(iter(records.values()))
-        samples.append(
-            Sample(
-                doc_id=number,
-                question=first["doc"]["question"],
-                target=first["target"],
-                response=first["resps"][0][0],
-                extracted={name: str(record["filtered_resps"][0]) for name, record in records.items()},
-                correct={name: bool(record["exact_match"]) for name, record in records.items()},
-            )
-        )
-    return samples
-
-
-def _settings(section: EvalSection, model: PreTrainedModel, task: Task) -> dict[str, Any]:
-    return {
-        "harness_task_version": task.VERSION,
-        "num_fewshot": section.gsm8k.num_fewshot,
-        "fewshot_seed": FEWSHOT_SEED,
-        "fewshot_as_multiturn": True,
-        "apply_chat_template": True,
-        "greedy": True,
-        "max_new_tokens": section.max_new_tokens,
-        "batch_size": section.batch_size,
-        "until": task.config.generation_kwargs["until"],
-        "train_path": section.gsm8k.train_path,
-        "test_path": section.gsm8k.test_path or "openai/gsm8k",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-    }
-
-
-def _warnings(truncated: int, longest: int, context: int, section: EvalSection) -> tuple[str, ...]:
-    if not truncated:
-        return ()
-    return (
-        f"{truncated} prompts lost their beginning: the longest has {longest} tokens, and the model's context of {context} "
-        f"leaves {context - section.max_new_tokens} beside eval.max_new_tokens; lower eval.gsm8k.num_fewshot",
-    )
-
-
-def _number(value: Any) -> float | None:
-    """The harness writes "N/A" where a standard error is undefined, as for one problem."""
-    return float(value) if isinstance(value, (int, float)) else None

@@ -267,18 +267,18 @@ def _gpqa(path: str | Path | None) -> Benchmark | NotCompared:
     return make_benchmark("GPQA", items)
 
 
-def decrypt_gpqa(path: Path) -> str | DataError:
-    """The table of GPQA's items, in memory; or why it cannot be read, in an error that holds nothing decrypted.
+def decrypt_gpqa(path: Path, member: str = GPQA_MEMBER) -> str | DataError:
+    """A table of GPQA's archive, in memory; or why it cannot be read, in an error that holds nothing decrypted.
 
     The error is returned and not raised, so that no traceback keeps what was decrypted alive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            content = archive.read(GPQA_MEMBER, pwd=GPQA_PASSWORD)
+            content = archive.read(member, pwd=GPQA_PASSWORD)
     except FileNotFoundError:
         return DataError(f"{path}: no such file")
     except KeyError:
-        return DataError(f"{path}: the archive has no {GPQA_MEMBER}")
+        return DataError(f"{path}: the archive has no {member}")
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return DataError(f"{path}: not GPQA's archive, or not with its authors' password")
     return content.decode("utf-8", errors="replace")

@@ -4,6 +4,8 @@ import json
 import random
 import sys
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -321,12 +323,14 @@ def test_an_archive_that_is_none_or_cannot_be_decrypted_is_an_error_without_its_
 
 
 def test_the_real_archive_is_decrypted_and_all_items_are_compared(
-    shared: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Path, monkeypatch: pytest.MonkeyPatch, withheld: Callable[[], AbstractContextManager[None]]
 ) -> None:
     no_package(monkeypatch)
-    test_set = only("GPQA", find_benchmarks("no", shared / "data" / "gpqa" / "dataset.zip"))
-    assert isinstance(test_set, Benchmark)
-    assert (test_set.items, test_set.too_short) == (546, 0)
+    with withheld():
+        test_set = only("GPQA", find_benchmarks("no", shared / "data" / "gpqa" / "dataset.zip"))
+        assert isinstance(test_set, Benchmark)
+        counts = (test_set.items, test_set.too_short)
+    assert counts == (546, 0)
 
 
 # ---- BFCL --------------------------------------------------------------------------------------------------------------
