@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+BFCL := $(abspath $(VENV))/bfcl-eval
+BFCL_PYTHON ?= $(BIN)/python
 RECIPE ?= recipes/tiny/arithmetic.yaml
 WORKERS ?= 2
 
@@ -22,7 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/hymba-align run $(RECIPE)
 
-test: install
+# The grader of BFCL, in an environment of its own, where scoring and the tests find it. BFCL_PYTHON: Python 3.10 to 3.12.
+$(BFCL)/installed.json: $(STAMP) hymba_align/eval/bfcl/requirements.txt
+	$(BIN)/hymba-align install-bfcl --output $(BFCL) --python $(BFCL_PYTHON)
+	touch $@
+
+test: install $(BFCL)/installed.json
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench-quick: install

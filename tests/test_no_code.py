@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -412,14 +413,15 @@ def test_no_line_of_the_package_reads_code_from_data() -> None:
     assert not found, "\n".join(found)
 
 
-def test_the_only_template_environment_of_our_own_escapes_and_renders_our_own_page() -> None:
+def test_every_template_environment_of_our_own_escapes_and_renders_our_own_page() -> None:
     found = {
         str(path.relative_to(PACKAGE)): ast.unparse(call)
         for path in sorted(PACKAGE.rglob("*.py"))
         for name, call in calls(path)
         if name.rpartition(".")[2] in ("Environment", "SandboxedEnvironment", "Template", "from_string")
     }
-    assert set(found) == {"data/inspection/preview.py"}
-    source = (PACKAGE / "data/inspection/preview.py").read_text(encoding="utf-8")
-    assert "Environment(autoescape=True" in source
-    assert "environment.from_string(PAGE.read_text" in source
+    assert set(found) == {"data/inspection/preview.py", "eval/report/html.py"}
+    for name in found:
+        source = (PACKAGE / name).read_text(encoding="utf-8")
+        assert source.count("Environment(autoescape=True") == source.count("Environment(") == 1
+        assert re.search(r"environment\.from_string\(\(?(PAGE|FOLDER / \"report\.html\.jinja\"\))\.read_text", source)
