@@ -20,6 +20,7 @@ from hymba_align.train.common import (
 )
 from hymba_align.train.dpo_trainer import HymbaDPOTrainer, ScoresLabels
 from hymba_align.train.preference_rows import PairCollator
+from hymba_align.train.problems import Matcher, choose_for
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 from hymba_align.train.stage_run import run_stage, stage_callbacks
 
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 
 @quiet_libraries()
-def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict[str, float]:
+def train_dpo(
+    recipe: Recipe, start: str | Path | None, stage_dir: Path, matcher: Matcher | None = None
+) -> dict[str, float]:
     """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`, checkpoints beside it.
 
     The reference model is the starting point itself, so its log-probabilities are computed before training, or read from
@@ -38,6 +41,7 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
 
     Args:
         start: checkpoint to start from; None for the recipe's base section.
+        matcher: says which answers are right, where `dpo.answers` asks for some.
     Raises:
         UsageError: settings, data or a checkpoint that cannot be used.
         HymbaAlignError: the loss is no longer finite.
@@ -56,6 +60,8 @@ def train_dpo(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
     if arguments.process_index == 0:
         check_planned(data, stage_dir)
     trainer = _build_trainer(recipe, start, stage_dir, arguments, tokenizer, prepared)
+    if section.answers is not None:
+        trainer.answer(section.answers, *choose_for(section.answers, "dpo", prepared, tokenizer, matcher, arguments))
     check_nothing_lost(prepared, trainer.train_dataset, section.max_length)
     rows = None
     if section.row_tokens is None:

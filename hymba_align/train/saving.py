@@ -77,7 +77,19 @@ def find_problem(checkpoint: Path, inputs: str | None) -> str | None:
         return f"its manifest is of step {manifest.get('step')}"
     if OPTIMIZER_FILE not in manifest["files"]:
         return f"it has no {OPTIMIZER_FILE} (trainer.save_only_model)"
+    best = best_of(checkpoint)
+    if best is not None and best != checkpoint and find_damage(best) is not None:
+        return f"the best model until then is in {best.name}, which is gone or damaged"
     return None
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """The checkpoint beside it that had the best model when it was saved, by name: folders may move; None where none is."""
+    try:
+        best = read_json(checkpoint / STATE_FILE).get("best_model_checkpoint")
+    except (OSError, ValueError):
+        return None
+    return checkpoint.parent / Path(best).name if best is not None else None
 
 
 def stage_inputs(stage_dir: Path) -> str | None:
@@ -247,6 +259,15 @@ class SavesState(Base):
             torch.save(self._scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     # ---- reading
+
+    def _init_training_state(self, *given: Any, **named: Any) -> Any:
+        """Transformers', with the best checkpoint where the folder is now."""
+        begun = super()._init_training_state(*given, **named)
+        resumed = self._stage_dir / f"checkpoint-{self.state.global_step}"
+        best = best_of(resumed) if self.state.global_step else None
+        if best is not None:
+            self.state.best_model_checkpoint = str(best)
+        return begun
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: weights are loaded once every engine has its parts (`_prepare_for_training`)."""

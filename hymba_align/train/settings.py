@@ -83,6 +83,8 @@ OWNED: dict[str, str] = {
     "dataset_kwargs": "data arrives tokenized by the chat template, and packed",
     "packing_strategy": "rows are packed by best-fit decreasing ('bfd') before training",
 }
+# What transformers chooses its own best checkpoint by.
+OF_BEST = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 POSITIVE = {"learning_rate", "num_train_epochs", "beta"}
 AT_LEAST_ONE = {"per_device_train_batch_size", "gradient_accumulation_steps", "precompute_ref_batch_size"}
 NOT_NEGATIVE = {"weight_decay", "max_grad_norm", "save_total_limit"}
@@ -103,6 +105,7 @@ def trainer_settings(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
     rows_of_pairs = isinstance(section, DPOSection) and section.row_tokens is not None
     if rows_of_pairs:
         _refuse_with_rows(given)
+    _check_answers(recipe, stage, given)
     use_cpu = given.get("use_cpu", not torch.cuda.is_available())
     if use_cpu and given.get("activation_offloading"):
         raise RecipeError(
@@ -223,6 +226,31 @@ def _refuse_combinations(settings: dict[str, Any], stage: TrainingStage) -> None
             "dpo.trainer.accelerator_config.dispatch_batches is true, which would separate chosen from rejected; "
             "remove it"
         )
+
+
+def _check_answers(recipe: Recipe, stage: TrainingStage, given: Mapping[str, Any]) -> None:
+    """Raises for `answers` to conversations that nobody holds out, or that training never comes to."""
+    answers, data = stage_section(recipe, stage).answers, recipe.data_for(stage)
+    if answers is None:
+        return
+    if not data.validation_fraction:
+        raise RecipeError(
+            f"{stage}.answers asks for answers to held-out conversations, and data.validation_fraction is 0; set it, for "
+            f"instance to 0.02, or remove {stage}.answers"
+        )
+    if stage == "sft" and data.loss_on == "all":
+        raise RecipeError(
+            "sft.answers takes the last reply that is trained on as the reference, and data.loss_on is 'all', which does not "
+            "tell replies; set it to 'assistant', or remove sft.answers"
+        )
+    for key, refused, why in (
+        ("eval_strategy", ("no",), "and problems are answered when validation runs"),
+        *(((key, None, "and keep_best chooses by answers/exact") for key in OF_BEST) if answers.keep_best else ()),
+        *((("save_strategy", ("no",), "and keep_best needs checkpoints"),) if answers.keep_best else ()),
+    ):
+        value = getattr(given.get(key), "value", given.get(key))
+        if key in given and (refused is None or value in refused):
+            raise RecipeError(f"{stage}.trainer.{key} is {value!r}, {why} ({stage}.answers); remove one of the two")
 
 
 def _refuse_reporters(given: str | list[str] | None, stage: TrainingStage) -> None:

@@ -25,6 +25,7 @@ from hymba_align.train.common import (
     record_data,
 )
 from hymba_align.train.guards import NamesRows
+from hymba_align.train.problems import Matcher, choose_for
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 from hymba_align.train.stage_run import run_stage, stage_callbacks
 from hymba_align.train.trainer import StageTrainer
@@ -73,11 +74,14 @@ def labelled_positions(labels: Tensor) -> dict[str, Tensor]:
 
 
 @quiet_libraries()
-def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict[str, float]:
+def train_sft(
+    recipe: Recipe, start: str | Path | None, stage_dir: Path, matcher: Matcher | None = None
+) -> dict[str, float]:
     """Summary metrics of the stage; weights and tokenizer are in `stage_dir/final`, checkpoints beside it.
 
     Args:
         start: checkpoint to start from; None for the recipe's base section.
+        matcher: says which answers are right, where `sft.answers` asks for some.
     Raises:
         UsageError: settings, data or a checkpoint that cannot be used.
         HymbaAlignError: the loss is no longer finite.
@@ -114,6 +118,8 @@ def train_sft(recipe: Recipe, start: str | Path | None, stage_dir: Path) -> dict
     trainer.data_collator = NamesRows(trainer.data_collator)
     trainer.guard_against(section.guard, "sft", stage_dir)
     trainer.trains_as(recipe, stage_dir)
+    if section.answers is not None:
+        trainer.answer(section.answers, *choose_for(section.answers, "sft", prepared, tokenizer, matcher, arguments))
     if not data.streaming:
         check_nothing_lost(prepared.dataset, rows)
     if arguments.process_index == 0 and not data.streaming:

@@ -13,6 +13,7 @@ from hymba_align.files import read_json
 from hymba_align.recipe import Recipe, TrainingStage
 from hymba_align.run.manifest import find_damage, read_manifest
 from hymba_align.run.storage import writing
+from hymba_align.train.answers import EXACT, AnswersProblems, final_step
 from hymba_align.train.callbacks import MetricsFile, Progress
 from hymba_align.train.common import SHARED_DATASET
 from hymba_align.train.preemption import Preemption, preemptible
@@ -86,11 +87,12 @@ def run_stage(trainer: Trainer, stage_dir: Path) -> dict[str, float]:
     finished, checkpoint = _where_to_resume(trainer, stage_dir)
     if finished is not None:
         trainer.state = TrainerState.load_from_json(str(finished))
-        metrics.count_earlier_tokens(trainer.state)
+        metrics.count_earlier(trainer.state)
         runtime_s = 0.0
     else:
         with writing(stage_dir, needed_bytes=lambda: checkpoint_bytes(trainer)), preemptible(trainer):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            _answering(trainer).take_best()
             save_final(trainer, stage_dir)
         runtime_s = float(result.metrics["train_runtime"])
     if trainer.is_world_process_zero():
@@ -119,15 +121,23 @@ def save_final(trainer: Trainer, stage_dir: Path) -> None:
     """Writes weights, tokenizer and generation configuration to `final`, with a manifest, whole or not at all."""
     saver: Any = trainer
     assert isinstance(saver, SavesState), "a stage's trainer writes its folders"
-    details = {"step": trainer.state.global_step, **saver.description()}
+    details = {"step": final_step(_answering(trainer)), **saver.description()}
     # Every process takes part: ZeRO-3 and FSDP gather the weights here.
     saver.save_whole(stage_dir / FINAL, lambda inside: trainer.save_model(str(inside / FINAL)), details)
+
+
+def _answering(trainer: Any) -> AnswersProblems:
+    assert isinstance(trainer, AnswersProblems), "a stage's trainer answers problems where it is asked to"
+    return trainer
 
 
 def summarise(trainer: Trainer, metrics: MetricsFile, runtime_s: float) -> dict[str, float]:
     """Summary of a finished stage: losses and tokens over all its steps, those of earlier sessions included.
 
-    `runtime_s` and `tokens_per_second` are of this session alone; tokens are those of all processes.
+    `answers/exact` is that of the weights in `final`, and `best_step` their step where it was chosen.
+
+    `runtime_s` and `tokens_per_second` are of this session alone, `total_runtime_s` of all; tokens are those of all
+    processes, and `peak_memory_bytes` of the one that writes this.
     """
     history = [record for record in trainer.state.log_history if "loss" in record]
     total = previous = 0.0
@@ -142,10 +152,16 @@ def summarise(trainer: Trainer, metrics: MetricsFile, runtime_s: float) -> dict[
         "last_loss": history[-1]["loss"] if history else float("nan"),
         "tokens": float(metrics.tokens),
         "runtime_s": runtime_s,
+        "total_runtime_s": metrics.seconds,
+        "peak_memory_bytes": float(metrics.peak_memory_bytes),
         "tokens_per_second": (metrics.tokens - metrics.tokens_before) / runtime_s if runtime_s > 0 else 0.0,
     }
     for key in ("mean_token_accuracy", "rewards/accuracies", "rewards/margins"):
         if history and key in history[-1]:
             summary[key] = float(history[-1][key])
     validated = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
-    return {**summary, **({"eval_loss": float(validated[-1])} if validated else {})}
+    summary |= {"eval_loss": float(validated[-1])} if validated else {}
+    step = final_step(_answering(trainer))
+    answered = [record for record in trainer.state.log_history if EXACT in record and record["step"] == step]
+    summary |= {"answers/exact": float(answered[-1][EXACT])} if answered else {}
+    return {**summary, **({"best_step": step} if _answering(trainer).keeps_best else {})}

@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hymba_align.run.metrics import read_metrics
+from hymba_align.train import callbacks
 from hymba_align.train.callbacks import MetricsFile, Progress
 
 
@@ -36,6 +37,30 @@ def test_a_resumed_stage_drops_the_records_that_it_repeats_and_goes_on_counting_
         (2, 0.5, 20),
         (3, 0.25, 30),
     ]
+
+
+def test_seconds_and_peak_memory_are_of_all_sessions_repeated_work_included(
+    tmp_path: Path, arguments: TrainingArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(step: int, *, seconds: float, memory: int) -> MetricsFile:
+        """One that logs once, two steps behind `step`, and so long after it began."""
+        clock = iter((100.0, 100.0 + seconds))
+        monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(callbacks, "peak_bytes", lambda: memory)
+        metrics = MetricsFile(tmp_path)
+        metrics.on_train_begin(arguments, at_step(step), TrainerControl())
+        metrics.on_log(arguments, at_step(step + 2), TrainerControl(), logs={"loss": 1.0})
+        return metrics
+
+    session(0, seconds=60.0, memory=900)
+    session(1, seconds=5.0, memory=500)  # from a checkpoint before that record, which goes
+
+    assert [(one["step"], one["seconds"], one["peak_memory_bytes"]) for one in read_metrics(tmp_path)] == [
+        (3, 65.0, 900)
+    ]
+    found = MetricsFile(tmp_path)
+    found.count_earlier(at_step(3))
+    assert (found.seconds, found.peak_memory_bytes) == (65.0, 900)
 
 
 def test_a_stage_resumes_behind_a_record_that_a_crash_cut_off(tmp_path: Path, arguments: TrainingArguments) -> None:
