@@ -102,6 +102,10 @@ def checkpoint_config(path: str | Path) -> HymbaConfig:
 
 def _check_folder(path: str | Path) -> None:
     folder = Path(path)
+    if folder.is_file() and folder.suffix in (".yaml", ".yml"):
+        raise CheckpointError(f"{path} is a recipe and no checkpoint; 'hymba-align run {path}' trains and scores it")
+    if folder.is_file():
+        raise CheckpointError(f"{path} is a file; name the folder of the checkpoint")
     if not folder.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder; check the path")
     if checked_file(folder, "config.json", path) is None:
@@ -110,6 +114,9 @@ def _check_folder(path: str | Path) -> None:
 
 def _inner_hint(folder: Path) -> str:
     inner = sorted(config.parent.name for config in folder.glob("*/config.json"))
+    finals = [stage for stage in ("base", "sft", "dpo") if (folder / stage / "final" / "config.json").is_file()]
+    if finals and not inner:
+        return f"; below it are {', '.join(str(folder / stage / 'final') for stage in finals)}"
     return f"; there is one in {folder / inner[-1]}" if inner else "; name the folder that holds config.json"
 
 

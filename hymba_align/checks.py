@@ -7,7 +7,6 @@ in the cache.
 from __future__ import annotations
 
 import difflib
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from glob import has_magic
@@ -19,7 +18,7 @@ import torch
 from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba, checkpoint_config
 from hymba_align.errors import DataError, RecipeError
 from hymba_align.processes.engines import engine_name, machines, requested_engine, written_elsewhere
-from hymba_align.processes.launch import inside_launcher, needs_launch, rank
+from hymba_align.processes.launch import check_gpus, inside_launcher, needs_launch, rank, scoring_processes
 from hymba_align.processes.slurm import slurm_step
 from hymba_align.recipe import Recipe, TrainingStage, is_local_path, resolved_eval
 from hymba_align.run.folder import check_run_folder
@@ -52,20 +51,25 @@ def check_inputs(recipe: Recipe, stages: Sequence[TrainingStage], *, scores: boo
         for place, source in enumerate(recipe.data_for(stage).all_sources):
             _check_exists(_source_key(recipe, stage, place), source.path)
     if scores:
-        gsm8k = resolved_eval(recipe).gsm8k
-        _check_exists("eval.gsm8k.test_path", gsm8k.test_path)
-        _check_exists("eval.gsm8k.train_path", gsm8k.train_path)
+        section = resolved_eval(recipe)
+        for key, path in (
+            ("gsm8k.test_path", section.gsm8k.test_path),
+            ("gsm8k.train_path", section.gsm8k.train_path),
+            ("gpqa.path", section.gpqa.path),
+        ):
+            if key.split(".")[0] in {task.split("_")[0] for task in section.tasks}:
+                _check_exists(f"eval.{key}", path)
     from hymba_align.model.kernels.choice import check_request
 
     check_request()
     tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
     context = _checked_context(recipe, tokenizer)
-    _check_lengths(recipe, context, scores=scores)
+    _check_lengths(recipe, context)
     _check_launch(recipe, stages)
     for stage in recipe.training_stages:
         _check_settings(recipe, stage)
     if scores:
-        _check_eval_data(recipe, ask_hub=ask_hub)
+        _check_eval(recipe, context, ask_hub=ask_hub)
     for stage in stages if rank() == 0 else ():  # one process reads the data for all
         _check_data(recipe, stage, tokenizer, ask_hub=ask_hub)
 
@@ -112,17 +116,13 @@ def _checked_context(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) 
     return int(config.max_position_embeddings)
 
 
-def _check_lengths(recipe: Recipe, context: int | None, *, scores: bool) -> None:
+def _check_lengths(recipe: Recipe, context: int | None) -> None:
     if context is None:
         return
     for stage in recipe.training_stages:
         max_length = getattr(recipe, stage).max_length
         if max_length > context:
             raise RecipeError(f"{stage}.max_length is {max_length}, above the model's context of {context}; lower it")
-    if scores:
-        from hymba_align.eval.gsm8k import check_context
-
-        check_context(context, resolved_eval(recipe))
 
 
 def _check_launch(recipe: Recipe, stages: Sequence[TrainingStage]) -> None:
@@ -186,20 +186,12 @@ def _check_choices(settings: Mapping[str, Any], stage: TrainingStage) -> None:
         raise RecipeError(f"{stage}.trainer.fp16 is true, and float16 training needs a GPU; remove it")
 
 
-def _check_eval_data(recipe: Recipe, *, ask_hub: bool) -> None:
-    from hymba_align.eval.gsm8k import load_task
+def _check_eval(recipe: Recipe, context: int | None, *, ask_hub: bool) -> None:
+    from hymba_align.eval.inputs import check_tasks
 
     section = resolved_eval(recipe)
-    local = section.gsm8k.train_path is not None or section.gsm8k.test_path is not None
-    if not local and not ask_hub:
-        return
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it explains options of its own command line
-    try:
-        load_task(section)
-    finally:
-        logger.setLevel(level)
+    check_gpus(scoring_processes(recipe))
+    check_tasks(section, section.tasks, context=context, ask_hub=ask_hub)
 
 
 def _check_data(
@@ -221,3 +213,10 @@ def _check_data(
         prepared = prepare(data, tokenizer, getattr(recipe, stage).max_length, seed=recipe.seed)
         if data.streaming:
             next(iter(prepared.dataset))  # a stream is made only as far as it is read, and has a row or raises
+        answers = getattr(recipe, stage).answers
+        if answers is not None:
+            from hymba_align.eval.matching import matcher
+            from hymba_align.train.problems import choose_problems
+
+            assert prepared.validation is not None, "the stage's settings were checked before"
+            choose_problems(prepared.validation, tokenizer, answers, matcher(answers.match), stage)

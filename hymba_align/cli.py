@@ -9,22 +9,26 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hymba_align import __version__
-from hymba_align.errors import HymbaAlignError, Preempted, StorageError
+from hymba_align.errors import HymbaAlignError, Preempted, SeveralErrors, StorageError
 from hymba_align.processes import signals
 from hymba_align.secrets import RedactingStream, redact
 
 if TYPE_CHECKING:
     from hymba_align.eval import TaskResult
-    from hymba_align.recipe import EvalSection, TrainingStage
+    from hymba_align.recipe import TrainingStage
+    from hymba_align.recipe_eval import EvalSection
 
 INTERRUPTED = 130
+INTERRUPTION = (
+    "Interrupted; the same command continues, a stage from its last checkpoint and scoring from its last answer."
+)
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         if _speaks_for_all():
-            click.echo("Interrupted; the same command continues, a stage from its last checkpoint.", err=True)
+            click.echo(INTERRUPTION, err=True)
         return INTERRUPTED
     except Preempted as error:
         return _preempted(str(error))
@@ -83,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from hymba_align.data.inspection.preview import visible
 
-        click.echo(f"{_rank_prefix()}Error: {visible(redact(' '.join(str(error).splitlines())))}", err=True)
+        lines = error.lines if isinstance(error, SeveralErrors) else [" ".join(str(error).splitlines())]
+        told = "\n".join(visible(redact(line)) for line in lines)
+        click.echo(f"{_rank_prefix()}Error: {told}", err=True)
         return error.exit_code
     return code if isinstance(code, int) else 0
 
@@ -204,7 +210,23 @@ def _run_training_stage(stage: str, recipe: Path, overrides: tuple[str, ...], dr
 @cli.command("eval", short_help="Scores of any Hymba checkpoint.")
 @click.argument("checkpoint")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--tasks", default="gsm8k", show_default=True, help="What to score, separated by commas.")
+@click.option("--suite", metavar="NAME", help="quick, published or full, or a file of your own: tasks and settings.")
+@click.option(
+    "--tasks",
+    help="What to score, separated by commas, in place of the suite's tasks.  [default: the suite's, or gsm8k]",
+)
+@click.option(
+    "--limit",
+    type=int,
+    metavar="N",
+    help="Score the first N problems of each task, of BFCL at least one of each category: a partial result.",
+)
+@click.option(
+    "--num-processes",
+    type=int,
+    metavar="N",
+    help="How many processes share the work, each on a GPU of its own where there are any; the scores stay the same.  [default: 1]",
+)
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder for scores and samples.  [default: runs/eval/CHECKPOINT]"
 )
@@ -215,39 +237,82 @@ def _run_training_stage(stage: str, recipe: Path, overrides: tuple[str, ...], dr
     help="'hymba', 'released' (the one in the checkpoint), or a .jinja file.",
 )
 @stops_on_sigterm
-def evaluate(checkpoint: str, overrides: tuple[str, ...], tasks: str, output: Path | None, chat_template: str) -> None:
+def evaluate(
+    checkpoint: str,
+    overrides: tuple[str, ...],
+    suite: str | None,
+    tasks: str | None,
+    limit: int | None,
+    num_processes: int | None,
+    output: Path | None,
+    chat_template: str,
+) -> None:
     """Score CHECKPOINT, a folder or a hub repository.
 
-    KEY=VALUE are keys of a recipe's section eval.
+    Every answer is kept as it comes: an interrupted evaluation continues with the same command, and a task that is
+    complete and unchanged is not scored again. KEY=VALUE are keys of a recipe's section eval.
 
     \b
     Example:
-      hymba-align eval runs/arithmetic/sft/final --tasks gsm8k limit=20 \\
+      hymba-align eval runs/arithmetic/sft/final --tasks gsm8k --limit 20 \\
           gsm8k.train_path=data/arithmetic/train.jsonl gsm8k.test_path=data/arithmetic/test.jsonl
+      hymba-align eval runs/my-instruct/dpo/final --suite published --num-processes 4
+      accelerate launch --num_processes 4 -m hymba_align eval runs/my-instruct/dpo/final --suite published
     """
-    section = _eval_section(tasks, overrides)
+    options = {"suite": suite, "tasks": tasks, "limit": limit, "num_processes": num_processes}
+    section = _eval_section(options, overrides)
     _quiet_libraries()
-    from hymba_align.eval import evaluate as score
+    from hymba_align.evaluation import run_evaluation
 
     out_dir = output or Path("runs") / "eval" / checkpoint.strip("./").replace("/", "-")
-    from hymba_align.run.lock import held
-    from hymba_align.run.storage import writing
-
-    with held(out_dir), writing(out_dir):
-        results = score(checkpoint, section, out_dir, chat_template=chat_template)
-    _print_results(results, out_dir)
+    results = run_evaluation(checkpoint, section, out_dir, chat_template=chat_template, say=click.echo)
+    if results is not None:
+        _print_results(results, out_dir)
 
 
-def _eval_section(tasks: str, overrides: tuple[str, ...]) -> EvalSection:
-    from hymba_align.recipe import TASKS, EvalSection
+@cli.command("install-bfcl", short_help="The grader that `eval --tasks bfcl` needs.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to make.  [default: $HYMBA_ALIGN_BFCL, or bfcl-eval inside this Python environment]",
+)
+@click.option(
+    "--python", metavar="PATH", help="Python 3.10 to 3.12 to make it with.  [default: the one that runs this]"
+)
+def install_bfcl(output: Path | None, python: str | None) -> None:
+    """Install bfcl-eval, whose pinned packages contradict ours, in a Python environment of its own (200 MB).
+
+    Does nothing where it is complete; one that is half made is made anew.
+
+    \b
+    Example:
+      hymba-align install-bfcl
+    """
+    from hymba_align.eval.bfcl.environment import bfcl_folder, install
+
+    install(output if output is not None else bfcl_folder(), click.echo, python=python or sys.executable)
+
+
+def _eval_section(options: Mapping[str, str | int | None], overrides: Sequence[str]) -> EvalSection:
+    """The section that options and KEY=VALUE describe.
+
+    Args:
+        options: suite, tasks, limit and num_processes; None where one was not given.
+    """
+    from hymba_align.recipe_eval import TASKS, EvalSection
     from hymba_align.recipe_loading import load_section
 
-    names = [name.strip() for name in tasks.split(",")]
-    for name in names:
-        if name not in TASKS:
-            raise click.BadParameter(f"'{name}' is not a task; tasks: {', '.join(TASKS)}", param_hint="'--tasks'")
+    given = {name: value for name, value in options.items() if value is not None}
+    if "tasks" in given:
+        names = [name.strip() for name in str(given["tasks"]).split(",")]
+        for name in names:
+            if name not in TASKS:
+                raise click.BadParameter(f"'{name}' is not a task; tasks: {', '.join(TASKS)}", param_hint="'--tasks'")
+        given["tasks"] = f"[{','.join(names)}]"
     keys = [override.removeprefix("eval.") for override in overrides]
-    return load_section(EvalSection, None, [f"tasks=[{','.join(names)}]", *keys], prefix="eval.")
+    return load_section(
+        EvalSection, None, [*(f"{name}={value}" for name, value in given.items()), *keys], prefix="eval."
+    )
 
 
 @cli.group("data", short_help="Check and show data before training.")
@@ -359,16 +424,11 @@ def _stage(name: str | None) -> TrainingStage | None:
 
 def _print_results(results: dict[str, TaskResult], out_dir: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("task", "problems", "score", "value, %")
-    for task, result in results.items():
-        for name, score in result.scores.items():
-            error = f" ± {100 * score.stderr:.1f}" if score.stderr is not None else ""
-            count = f"{result.n} of {result.total}" if result.partial else str(result.n)
-            table.add_row(task, count, name.replace("_", " "), f"{100 * score.value:.1f}{error}")
+    from hymba_align.eval.report.terminal import results_table
+
     console = Console(highlight=False)
-    console.print(table)
+    console.print(results_table(results))
     for task, result in results.items():
         for warning in result.warnings:
             console.print(f"Warning, {task}: {warning}", soft_wrap=True, markup=False)

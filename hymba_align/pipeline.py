@@ -18,9 +18,11 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hymba_align import evaluation
 from hymba_align.checks import check_inputs
 from hymba_align.errors import DataError, HymbaAlignError, RecipeError, RunFolderError, UsageError
 from hymba_align.plan import Step, file_contents, plan
@@ -34,12 +36,14 @@ from hymba_align.processes.launch import (
     launch_command,
     needs_launch,
     rank,
+    scoring_processes,
     started_by_us,
     use_one_gpu,
     use_what_is_there,
 )
 from hymba_align.processes.slurm import slurm_step
-from hymba_align.recipe import Recipe, Stage, TrainingStage, resolved_eval
+from hymba_align.recipe import Recipe, TrainingStage, resolved_eval
+from hymba_align.recipe_eval import EvalSection, Stage
 from hymba_align.run.folder import RunFolder, open_run, run_root
 from hymba_align.run.lock import check_free, held
 from hymba_align.run.manifest import check_whole
@@ -83,7 +87,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> None:
         console.print(score_table(root), soft_wrap=False)
     if recipe.training_stages:
         console.print(f"Model: {root / recipe.training_stages[-1] / 'final'}", markup=False)
-    console.print(f"Report: {report}", markup=False)
+    console.print(f"Report: {report.with_name('report.html')} and {report.name}", markup=False)
 
 
 def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = False) -> None:
@@ -188,7 +192,7 @@ def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -
     if step.start is not None and rank() == 0:
         check_whole(Path(step.start), f"'hymba-align run' makes {step.start} again")
     if not step.trains:
-        _score(recipe, folder, step)
+        _score(recipe, folder, step, console)
     elif not _is_started(folder, step, console):
         return
     elif needs_launch(recipe):
@@ -282,29 +286,58 @@ def _remove_checkpoints(recipe: Recipe, folder: RunFolder, stage: Stage) -> None
 
 
 def _call_trainer(recipe: Recipe, folder: RunFolder, stage: TrainingStage, start: str | None) -> dict[str, float]:
+    """Trains, and tells the trainer which answers are right: it knows no grader."""
+    answers = getattr(recipe, stage).answers
+    judging: Any = None
+    if answers is not None:
+        from hymba_align.eval.matching import matcher
+
+        judging = matcher(answers.match)
     if stage == "sft":
         from hymba_align.train.sft import train_sft
 
-        return train_sft(recipe, start, folder.stage_dir(stage))
+        return train_sft(recipe, start, folder.stage_dir(stage), judging)
     from hymba_align.train.dpo import train_dpo
 
-    return train_dpo(recipe, start, folder.stage_dir(stage))
+    return train_dpo(recipe, start, folder.stage_dir(stage), judging)
 
 
-def _score(recipe: Recipe, folder: RunFolder, step: Step) -> None:
+def _score(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
+    """Scores a stage; tasks whose own inputs are unchanged keep their results, whatever else changed."""
     from hymba_align.data.unchanged import changed
-    from hymba_align.eval import evaluate
 
     section = resolved_eval(recipe)
+    section = section.model_copy(update={"num_processes": scoring_processes(recipe)})
     checkpoint = step.start if step.start is not None else _base_checkpoint(recipe, folder)
     folder.mark_started(step.name, step.fingerprint)
-    results = evaluate(checkpoint, section, folder.stage_dir(step.name), chat_template=recipe.base.chat_template)
+    _set_aside_other_tasks(folder.stage_dir(step.name), section, console)
+    results = evaluation.score(
+        checkpoint,
+        section,
+        folder.stage_dir(step.name),
+        chat_template=recipe.base.chat_template,
+        say=partial(console.print, markup=False),
+    )
     for (name, planned), (_, digest) in zip(step.contents, file_contents(section), strict=True):
         if digest != planned:
             raise DataError(changed(name))
     outputs = tuple(f"{task}.json" for task in results)
     details = {"checkpoint": checkpoint, "inputs": step.start_fingerprint}
     folder.mark_complete(step.name, step.fingerprint, details, outputs)
+
+
+def _set_aside_other_tasks(stage_dir: Path, section: EvalSection, console: Console) -> None:
+    """Moves aside results of tasks that the recipe no longer asks for, which a report would show; their answers go."""
+    from hymba_align.eval.earlier import PREVIOUS, set_aside
+
+    for path in sorted(stage_dir.iterdir()):
+        task = path.name.split(".")[0]
+        if task in section.tasks or path.name.endswith(PREVIOUS):
+            continue
+        if path.name == f"{task}.json":
+            console.print(f"{task}: no task of this recipe; {path} is now {set_aside(path).name}", markup=False)
+        else:
+            path.unlink()
 
 
 def _base_checkpoint(recipe: Recipe, folder: RunFolder) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import hymba_align
 from hymba_align.files import fingerprint, path_digest
 from hymba_align.processes.engines import settings_that_count
-from hymba_align.recipe import EvalSection, Recipe, Stage, TrainingStage, resolved_eval
+from hymba_align.recipe import Recipe, TrainingStage, resolved_eval
+from hymba_align.recipe_eval import EvalSection, Stage
 from hymba_align.run.folder import run_root
 from hymba_align.secrets import shown, without_secrets
 
@@ -50,6 +51,8 @@ COSMETIC = frozenset(
 )
 # Settings that say how the global batch is divided.
 BATCH = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
+# Where the rows of a task come from that reads no local file.
+WITHOUT_FILES = {"bfcl": "in bfcl-eval"}
 BATCH_SIZE_OF_TRAINER = 8  # transformers' default; a test compares
 
 
@@ -108,11 +111,14 @@ def _stage_inputs(recipe: Recipe, stage: TrainingStage) -> dict[str, Any]:
     """What a training stage's weights depend on, besides the rows and the checkpoint that it starts from.
 
     Not the guard: a stage that it stopped continues from its checkpoint with another one. What "skip" left out of a complete
-    stage is told whenever that is skipped.
+    stage is told whenever that is skipped. Answers count where they choose the weights (`keep_best`).
     """
     data, section = recipe.data_for(stage), getattr(recipe, stage)
+    without: dict[str, Any] = {"data": True, "guard": True, "trainer": COSMETIC | BATCH}
+    if section.answers is None or not section.answers.keep_best:
+        without["answers"] = True
     return {
-        "section": section.model_dump(mode="json", exclude={"data": True, "guard": True, "trainer": COSMETIC | BATCH}),
+        "section": section.model_dump(mode="json", exclude=without),
         "data": without_secrets(data.model_dump(mode="json", exclude={"workers"})),
         "batch": _global_batch(recipe, stage),
         "launch": settings_that_count(recipe.launch),
@@ -134,18 +140,35 @@ def _global_batch(recipe: Recipe, stage: TrainingStage) -> int | list[Any]:
 
 
 def _scoring_step(recipe: Recipe, stage: Stage, start: str | None, checkpoint: str) -> Step:
+    """Its fingerprint leaves out what changes no score: the batch size and the number of processes."""
+    from hymba_align.eval.inputs import grader, protocol
+
     section = resolved_eval(recipe)
     files = file_contents(section)
     inputs = {
         "checkpoint": checkpoint,
-        "section": section.model_dump(mode="json", exclude={"stages"}),
+        "suite": section.suite,
+        "tasks": [protocol(section, task) for task in section.tasks],
+        "graders": [grader(task) for task in section.tasks],
         "files": [digest for _, digest in files],
     }
-    data = ", ".join(f"{task}: {section.gsm8k.test_path or 'from the hub'}" for task in section.tasks)
-    return Step(f"eval/{stage}", stage, data, start, fingerprint(inputs), files, checkpoint)
+    return Step(f"eval/{stage}", stage, _data_in_words(section), start, fingerprint(inputs), files, checkpoint)
+
+
+def _data_in_words(section: EvalSection) -> str:
+    """What each task is scored on: its last file, which holds the test; and the limit."""
+    from hymba_align.eval.inputs import data_files
+
+    words = []
+    for task in section.tasks:
+        files = data_files(section, task)
+        words.append(f"{task}: {files[-1] if files else WITHOUT_FILES.get(task, 'from the hub')}")
+    return ", ".join(words) + (f" (limit {section.limit:,})" if section.limit is not None else "")
 
 
 def file_contents(section: EvalSection) -> tuple[tuple[str, str | None], ...]:
-    """The files that scoring reads, with digests of what they hold now."""
-    paths = (section.gsm8k.train_path, section.gsm8k.test_path)
-    return tuple((str(path), path_digest(path)) for path in paths)
+    """The local files that scoring reads, with digests of what they hold now."""
+    from hymba_align.eval.inputs import data_files
+
+    paths = {str(path) for task in section.tasks for path in data_files(section, task)}
+    return tuple((path, path_digest(path)) for path in sorted(paths))

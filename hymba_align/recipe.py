@@ -19,12 +19,10 @@ from pydantic import Field, field_validator, model_validator
 
 from hymba_align import secrets
 from hymba_align.errors import RecipeError
+from hymba_align.recipe_eval import EvalSection, GSM8KSection, Stage
 from hymba_align.recipe_loading import Section, dump_yaml, load_section
 
-Task = Literal["gsm8k"]
 TrainingStage = Literal["sft", "dpo"]
-Stage = Literal["base", "sft", "dpo"]
-TASKS: tuple[Task, ...] = ("gsm8k",)
 TRAINING_STAGES: tuple[TrainingStage, ...] = ("sft", "dpo")
 STAGES: tuple[Stage, ...] = ("base", "sft", "dpo")
 SchemaName = Literal[
@@ -181,12 +179,31 @@ class DPOGuardSection(GuardSection):
     max_chosen_fall: float = Field(default=3.0, gt=0)
 
 
+class AnswersSection(Section):
+    """Answers to held-out conversations, generated and compared whenever validation runs (`trainer.eval_strategy`).
+
+    Of `data.validation_fraction`, up to `problems` conversations, chosen by their content: the last reply is the
+    reference, what precedes it the prompt (DPO: the chosen reply). `match` is what has to be the same: the last `number`,
+    the `strict_number` after ####, the `text` but for white space, or the tool `calls` in any order. With `keep_best`,
+    `final` holds the weights of the highest share, of equal ones the latest; each new best one is saved as a checkpoint.
+    """
+
+    match: Literal["number", "strict_number", "text", "calls"]
+    problems: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    keep_best: bool = False
+
+
 class SFTSection(Section):
-    """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`, `guard` what happens when it goes wrong."""
+    """Supervised fine-tuning. `trainer` holds fields of `trl.SFTConfig`, `guard` what happens when it goes wrong.
+
+    `answers`: held-out conversations are answered while training, and the answers compared. None: only the loss is known.
+    """
 
     data: StageDataSection | None = None
     max_length: int = Field(default=8192, ge=8)
     guard: GuardSection = GuardSection()
+    answers: AnswersSection | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -195,7 +212,7 @@ class DPOSection(Section):
 
     `row_tokens` packs several pairs into a row of up to so many tokens (prompt once, chosen, rejected), so that every
     batch of every process has about as many; a longer pair has a row of its own. `trainer.per_device_train_batch_size`
-    then counts rows. None: it counts pairs.
+    then counts rows. None: it counts pairs. `answers` as for SFT.
     """
 
     data: StageDataSection | None = None
@@ -203,26 +220,8 @@ class DPOSection(Section):
     share_prefix: bool = True
     row_tokens: int | None = Field(default=None, ge=8)
     guard: DPOGuardSection = DPOGuardSection()
+    answers: AnswersSection | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
-
-
-class GSM8KSection(Section):
-    """Files of the GSM8K task in the official JSON Lines format; `gsm8k_paths` says what stands in for absent ones."""
-
-    train_path: str | None = None
-    test_path: str | None = None
-    num_fewshot: int = Field(default=5, ge=0)
-
-
-class EvalSection(Section):
-    """Which tasks are scored, on which stages (None: on all that exist), and how."""
-
-    tasks: tuple[Task, ...] = Field(default=("gsm8k",), min_length=1)
-    stages: tuple[Stage, ...] | None = None
-    limit: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-    gsm8k: GSM8KSection = GSM8KSection()
 
 
 class LaunchSection(Section):

@@ -22,8 +22,9 @@ import transformers
 from kill_points import in_child
 
 import hymba_align.data.cache
+import hymba_align.eval.answer_store
 import hymba_align.eval.gsm8k
-import hymba_align.eval.harness
+import hymba_align.eval.run
 import hymba_align.train.dpo
 import hymba_align.train.saving
 import hymba_align.train.sft
@@ -45,6 +46,8 @@ BASE = {
     "global_attn_idx": [0],
     "kv_reuse_group": [],
 }
+ANSWERED = 2
+"""Answers that the kill of scoring leaves"""
 TRAINER = {"per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 2, "max_steps": 5, "warmup_steps": 0}
 
 
@@ -105,7 +108,8 @@ PHASES: dict[str, Callable[[], None]] = {
     "a step": partial(kill_at_call, transformers.Trainer, "training_step", 4),
     "a save": partial(kill_at_call, hymba_align.train.saving, "seal", 2, before=half_of_weights),
     "between stages": partial(kill_at_call, RunFolder, "mark_started", 2),
-    "evaluation": partial(kill_at_call, hymba_align.eval.gsm8k, "merge_samples", 1),
+    "answers": partial(kill_at_call, hymba_align.eval.answer_store.AnswerStore, "add", ANSWERED + 1),
+    "a result": partial(kill_at_call, hymba_align.eval.run, "summary", 1),
 }
 
 

@@ -83,10 +83,27 @@ def appear(folder: Path, weights: str) -> None:
 def score(checkpoint: str, section: Any, out_dir: Path, **_: Any) -> dict[str, TaskResult]:
     """A score that depends on the weights."""
     weights = (Path(checkpoint) / "weights").read_text()
-    right = Score(int(weights[:4], 16) / 16**4, None)
-    scores = {"strict_match": right, "flexible_match": right}
-    protocol = {"num_fewshot": 0, "max_new_tokens": 1, "test_path": "none"}
-    result = TaskResult("gsm8k", 1, 1, None, False, scores, protocol, {"lm-eval": "none"}, wall_s=0.0)
+    result = TaskResult(
+        task="gsm8k",
+        checkpoint=checkpoint,
+        suite=None,
+        n=1,
+        total=1,
+        limit=None,
+        partial=False,
+        scores={"strict_match": Score(int(weights[:4], 16) / 16**4, None, 1)},
+        settings={},
+        generation={},
+        chat_template={},
+        first_prompt=None,
+        seed=None,
+        versions={"lm-eval": "none"},
+        hardware={},
+        processes=1,
+        wall_s=0.0,
+        new_tokens=0,
+        tokens_per_second=None,
+    )
     result.write(out_dir / "gsm8k.json")
     return {"gsm8k": result}
 

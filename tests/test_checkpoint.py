@@ -64,6 +64,10 @@ def _spoil_weights(change):
     [
         (shutil.rmtree, "{path}: there is no such checkpoint folder; check the path"),
         (
+            lambda folder: [shutil.rmtree(folder), folder.write_text("")],
+            "{path} is a file; name the folder of the checkpoint",
+        ),
+        (
             lambda folder: (folder / "config.json").unlink(),
             "{path}: the folder has no config.json, so it is no checkpoint; name the folder that holds config.json",
         ),
@@ -107,6 +111,29 @@ def test_a_checkpoint_that_is_not_a_whole_hymba_is_one_sentence(checkpoint: Path
         load_model(checkpoint)
 
     assert str(caught.value) == message.format(path=checkpoint)
+
+
+def test_a_recipe_in_the_place_of_a_checkpoint_is_told_the_command_for_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine")
+
+    with pytest.raises(CheckpointError) as caught:
+        load_model(recipe)
+
+    told = f"{recipe} is a recipe and no checkpoint; 'hymba-align run {recipe}' trains and scores it"
+    assert str(caught.value) == told
+
+
+def test_a_run_folder_in_the_place_of_a_checkpoint_is_told_those_in_it(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for stage in ("dpo", "sft", "sft.previous"):
+        shutil.copytree(checkpoint, run / stage / "final")
+
+    with pytest.raises(CheckpointError) as caught:
+        load_model(run)
+
+    told = f"below it are {run}/sft/final, {run}/dpo/final"
+    assert str(caught.value) == f"{run}: the folder has no config.json, so it is no checkpoint; {told}"
 
 
 def test_a_checkpoint_without_weights_is_a_checkpoint_error(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_loading_a_recipe_imports_nothing_heavy() -> None:
 def test_every_help_text_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
 
-    assert f"Example:\n    hymba-align {name} " in capsys.readouterr().out
+    assert re.search(rf"Example:\n    hymba-align {name}[ \n]", capsys.readouterr().out)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,8 +98,8 @@ def test_commands_hand_the_recipe_with_overrides_to_the_pipeline(name: str, pipe
         (DataError("rows.jsonl is empty"), 2, "Error: rows.jsonl is empty\n"),
         (KernelError("no kernel here"), 1, "Error: no kernel here\n"),
         (HymbaAlignError("sft diverged"), 1, "Error: sft diverged\n"),
-        (KeyboardInterrupt(), 130, "Interrupted; the same command continues, a stage from its last checkpoint.\n"),
-        (click.Abort(), 130, "Interrupted; the same command continues, a stage from its last checkpoint.\n"),
+        (KeyboardInterrupt(), 130, f"{hymba_align.cli.INTERRUPTION}\n"),
+        (click.Abort(), 130, f"{hymba_align.cli.INTERRUPTION}\n"),
     ],
 )
 def test_errors_of_the_user_are_one_sentence_and_an_exit_code(
@@ -172,7 +173,7 @@ def test_one_of_several_processes_says_which_it_is(
         (["train", RECIPE], "Error: No such command 'train'."),
         (["run"], "Error: Missing argument 'RECIPE'."),
         (["run", RECIPE, "--drop"], "Error: No such option '--drop'."),
-        (["eval", "m", "--tasks", "gsm8k,gsm9k"], "Error: Invalid value for '--tasks': 'gsm9k' is not a task; tasks: gsm8k"),
+        (["eval", "m", "--tasks", "gsm8k,gsm9k"], "Error: Invalid value for '--tasks': 'gsm9k' is not a task; tasks: gsm8k, gsm8k_nvidia, gpqa, gpqa_generative, bfcl"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_with_2(arguments: list[str], last_line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,22 +204,32 @@ def test_eval_takes_keys_of_the_section_with_or_without_its_name(
     from hymba_align.eval import Score, TaskResult
 
     calls = []
+    result = TaskResult(
+        task="gsm8k",
+        checkpoint="owner/hymba",
+        suite=None,
+        n=4,
+        total=9,
+        limit=4,
+        partial=True,
+        scores={"strict_match": Score(0.25, 0.1, 4), "flexible_match": Score(0.5, None, 4)},
+        settings={},
+        generation={},
+        chat_template={},
+        first_prompt=None,
+        seed=None,
+        versions={},
+        hardware={},
+        processes=1,
+        wall_s=1.0,
+        new_tokens=8,
+        tokens_per_second=None,
+        warnings=("a prompt lost its beginning",),
+    )
 
-    def evaluate(checkpoint, section, out_dir, *, chat_template):
+    def evaluate(checkpoint, section, out_dir, *, chat_template, say):
         calls.append((checkpoint, section, out_dir, chat_template))
-        scores = {"strict_match": Score(0.25, 0.1), "flexible_match": Score(0.5, None)}
-        result = TaskResult(
-            task="gsm8k",
-            n=4,
-            total=9,
-            limit=4,
-            partial=True,
-            scores=scores,
-            settings={},
-            versions={},
-            wall_s=1.0,
-            warnings=("a prompt lost its beginning",),
-        )
+        say("gsm8k: as it comes")
         return {"gsm8k": result}
 
     monkeypatch.setattr(hymba_align.eval, "evaluate", evaluate)
@@ -232,13 +243,63 @@ def test_eval_takes_keys_of_the_section_with_or_without_its_name(
     assert (second[1].limit, second[2], second[3]) == (None, tmp_path, "hymba")
     out = capsys.readouterr().out
     for text in (
-        "4 of 9",
+        "gsm8k: as it comes\n",
+        "partial: 4 of 9",
         "25.0 ± 10.0",
         "50.0",
         "Warning, gsm8k: a prompt lost its beginning",
         "runs/eval/owner-hymba/gsm8k.json",
     ):
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("words", "tasks", "suite"),
+    [
+        ([], ("gsm8k",), None),
+        (["--tasks", "gpqa, bfcl"], ("gpqa", "bfcl"), None),
+        (["--suite", "quick", "--tasks", "gsm8k"], ("gsm8k",), "quick"),
+        (["--suite", "quick", "tasks=[gpqa]"], ("gpqa",), "quick"),
+    ],
+)
+def test_tasks_that_are_named_go_before_those_of_a_suite(
+    words: list[str], tasks: tuple[str, ...], suite: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hymba_align.evaluation
+
+    asked = []
+    monkeypatch.setattr(
+        hymba_align.evaluation, "run_evaluation", lambda checkpoint, section, *_, **__: asked.append(section)
+    )
+
+    assert main(["eval", "owner/hymba", *words, "--limit", "5", "--num-processes", "2"]) == 0
+
+    assert (asked[0].tasks, asked[0].suite, asked[0].limit, asked[0].num_processes) == (tasks, suite, 5, 2)
+
+
+def test_a_suite_brings_its_tasks_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import hymba_align.evaluation
+
+    asked = []
+    monkeypatch.setattr(
+        hymba_align.evaluation, "run_evaluation", lambda checkpoint, section, *_, **__: asked.append(section)
+    )
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("tasks: [gsm8k, gpqa]\nlimit: 9\ngsm8k: {num_fewshot: 3}\n")
+
+    assert main(["eval", "owner/hymba", "--suite", str(mine), "gsm8k.shots=first"]) == 0
+
+    assert (asked[0].tasks, asked[0].limit) == (("gsm8k", "gpqa"), 9)
+    assert (asked[0].gsm8k.num_fewshot, asked[0].gsm8k.shots) == (3, "first")
+
+
+def test_a_suite_that_does_not_exist_is_told_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "owner/hymba", "--suite", "publisht"]) == 2
+
+    assert capsys.readouterr().err == (
+        "Error: override 'suite=publisht': eval.suite: there is no suite 'publisht', nor a file of that name; the nearest is "
+        "'published'\n"
+    )
 
 
 def test_eval_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,17 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hymba_align.eval import read_result
 from hymba_align.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ["data preparation", "a step", "a save", "between stages", "evaluation"]
-TIMES = ("runtime", "per_second")
-"""Parts of the names of metrics that are about time."""
+PHASES = ["data preparation", "a step", "a save", "between stages", "answers", "a result"]
+TIMES = ("runtime", "per_second", "seconds", "peak_memory")
+"""Parts of the names of metrics that are about time and memory."""
+OF_THE_MOMENT = (
+    *("wall_s", "earlier_s", "finished", "tokens_per_second", "new_tokens", "reused_tokens", "reused_answers"),
+    *("peak_memory_bytes", "inputs"),
+)
+"""What in a result is about a session; `inputs` has the digest of a manifest, which names the session that trained"""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked from a process that has threads")
 
@@ -76,12 +83,22 @@ def test_its_metrics_have_every_step_once(runs: tuple[Path, str], stage: str) ->
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_its_scores_are_the_same(runs: tuple[Path, str], stage: str) -> None:
-    whole, killed = (
-        json.loads((runs[0] / run / "eval" / stage / "gsm8k.json").read_text()) for run in ("whole", "killed")
-    )
-    assert whole.pop("wall_s") > 0
-    assert killed.pop("wall_s") > 0
+    whole, killed = (asdict(read_result(runs[0] / run / "eval" / stage / "gsm8k.json")) for run in ("whole", "killed"))
+    for result in (whole, killed):
+        assert result["samples"]
+        assert result.pop("checkpoint").endswith(f"{stage}/final")
+        assert [result.pop(name) for name in OF_THE_MOMENT]
     assert whole == killed
+
+
+def test_scoring_continued_from_the_answers_of_the_killed_one(runs: tuple[Path, str]) -> None:
+    assert "gsm8k: continues with the 2 answers that an interrupted run left" in runs[1]
+    sft, dpo = (read_result(runs[0] / "killed" / "eval" / stage / "gsm8k.json") for stage in ("sft", "dpo"))
+    assert (sft.reused_answers, dpo.reused_answers) == (2, 0)
+
+
+def test_a_result_that_was_written_before_the_kill_is_not_scored_again(runs: tuple[Path, str]) -> None:
+    assert runs[1].count("gsm8k: complete and unchanged, not scored again") == 1
 
 
 def test_nothing_of_the_kills_is_left(runs: tuple[Path, str]) -> None:

@@ -51,7 +51,18 @@ def test_every_command_and_the_python_snippet_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = commands("hymba-align")
-    assert [words[1] for words in shown] == ["run", "sft", "dpo", "eval", "run", "data", "data", "run", "run"]
+    assert [words[1] for words in shown] == [
+        "run",
+        "sft",
+        "dpo",
+        "eval",
+        "install-bfcl",
+        "run",
+        "data",
+        "data",
+        "run",
+        "run",
+    ]
     for name in ("data", "recipes", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
@@ -59,7 +70,7 @@ def test_every_command_and_the_python_snippet_of_the_readme_run(
     monkeypatch.chdir(tmp_path)  # so that `runs/` is not the developer's own
     for words in shown:
         changes = SMALL
-        if "--dry-run" in words or words[1] in ("data", "eval"):
+        if "--dry-run" in words or words[1] in ("data", "eval", "install-bfcl"):
             changes = ["max_new_tokens=4"] if words[1] == "eval" else []
         elif "dpo=null" in words:
             changes = [change for change in SMALL if not change.startswith(("dpo.", "eval."))]

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hymba_align.errors import RecipeError
-from hymba_align.recipe import GSM8KSection, Recipe, gsm8k_paths, is_local_path, load_recipe, resolved_eval
+from hymba_align.recipe import Recipe, gsm8k_paths, is_local_path, load_recipe, resolved_eval
+from hymba_align.recipe_eval import GSM8KSection
 from hymba_align.recipe_loading import dump_yaml, load_section
 
 BASE = "name: demo\nbase: {model: owner/hymba}\n"
@@ -127,7 +128,7 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(write, text: str, value: object
             BASE + "eval: {stages: [bass]}\n",
             "recipe.yaml:3: eval.stages.0 is 'bass'; it must be 'base', 'sft' or 'dpo'; the nearest is 'base'",
         ),
-        (BASE + "eval: {tasks: [gsm9k]}\n", "recipe.yaml:3: eval.tasks.0 is 'gsm9k'; it must be 'gsm8k'"),
+        (BASE + "eval: {tasks: [gsm9k]}\n", "recipe.yaml:3: eval.tasks.0 is 'gsm9k'; it must be 'gsm8k', 'gsm8k_nvidia', 'gpqa', 'gpqa_generative' or 'bfcl'; the nearest is 'gsm8k'"),
         (
             BASE + "data: {path: a.jsonl, max_rows: 0}\nsft: {data: {split: x}}\ndpo: {data: {split: y}}\n",
             "recipe.yaml:3: data.max_rows is 0; it must be greater than or equal to 1",

@@ -501,7 +501,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused_b
     checkpoint: Path, tmp_path: Path
 ) -> None:
     from hymba_align.eval import evaluate
-    from hymba_align.recipe import EvalSection
+    from hymba_align.recipe_eval import EvalSection
 
     shutil.copytree(TOKENIZER, checkpoint, dirs_exist_ok=True)
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code, words = _run(given), ""
     except Exception as error:
-        code, words = explain(error, stopping)
+        code, words = explain(error, stopping, given.continues)
     if code == 0 and stopping:
         code, words = Preempted.exit_code, "it had just finished"
     if given.report is not None and words:
@@ -63,11 +63,12 @@ def die_with(parent: int | None) -> None:
         os._exit(HymbaAlignError.exit_code)
 
 
-def explain(error: Exception, stopping: Sequence[int] = ()) -> tuple[int, str]:
+def explain(error: Exception, stopping: Sequence[int] = (), continues: str = CONTINUES) -> tuple[int, str]:
     """The exit code for what the agent raised, and what happened, to follow "sft failed: ".
 
     Args:
         stopping: the signals that this process passed on.
+        continues: words about the same command, given again.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,7 +76,7 @@ def explain(error: Exception, stopping: Sequence[int] = ()) -> tuple[int, str]:
     if isinstance(error, _StoppedBeforeStartError):
         return Preempted.exit_code, "it was preempted before it began"
     if isinstance(error, SignalException):
-        return 128 + int(error.sigval), f"its launcher received {signal.Signals(error.sigval).name}; {CONTINUES}"
+        return 128 + int(error.sigval), f"its launcher received {signal.Signals(error.sigval).name}; {continues}"
     if not isinstance(error, ChildFailedError):
         reason = " ".join(str(error).split())
         return HymbaAlignError.exit_code, f"its processes could not be started: {type(error).__name__}: {reason}"
@@ -84,15 +85,15 @@ def explain(error: Exception, stopping: Sequence[int] = ()) -> tuple[int, str]:
         return Preempted.exit_code, "it was preempted"
     rank = min(codes, key=lambda one: _place(codes[one]))
     code, process = codes[rank], f"process {rank} (pid {error.failures[rank].pid})"
-    return code if code > 0 else 128 - code, f"{process} {how_it_ended(code)}"
+    return code if code > 0 else 128 - code, f"{process} {how_it_ended(code, continues)}"
 
 
-def how_it_ended(code: int) -> str:
+def how_it_ended(code: int, continues: str = CONTINUES) -> str:
     """What the exit code of a process that failed says about it, to follow its name."""
     if code >= 0:
         return f"ended with exit code {code}; its message is above"
     memory = ", which the system also sends when memory is full" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{memory}; {CONTINUES}"
+    return f"was killed by {signal.Signals(-code).name}{memory}; {continues}"
 
 
 def _preempted(codes: set[int], *, told: bool) -> bool:
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--address", default="127.0.0.1:0", help="HOST:PORT of machine 0")
     parser.add_argument("--parent", type=int, help="process id of the command")
     parser.add_argument("--report", help="file for what happened, in a folder for this launch alone")
+    parser.add_argument("--continues", default=CONTINUES, help="what the same command does when it is given again")
     parser.add_argument("command", nargs="+", help="of hymba-align, with its arguments")
     return parser
 

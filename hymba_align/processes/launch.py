@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hymba_align.errors import HymbaAlignError, Preempted, RecipeError
-from hymba_align.processes.agent import STARTED_BY_US, die_with, how_it_ended
+from hymba_align.processes.agent import CONTINUES, STARTED_BY_US, die_with, how_it_ended
 from hymba_align.processes.engines import engine_name, is_named, requested_engine, use_engine
 from hymba_align.processes.signals import forwarded_to
 from hymba_align.processes.slurm import SlurmStep, slurm_step
@@ -134,33 +134,56 @@ def launch(recipe: Recipe, stage: str) -> None:
         Preempted: SIGTERM ended it, and its checkpoint is written.
         HymbaAlignError: they failed; the exit code is theirs.
     """
+    step, machines = slurm_step(), _machines()
+    options: dict[str, object] = {"processes": recipe.launch.num_processes // machines}
+    if step is not None:
+        options |= {"machines": machines, "machine": step.node, "address": f"{step.address}:{step.port}"}
+    words = [stage, str(run_root(recipe) / "recipe.yaml")]
+    _launch(stage, words, options, CONTINUES, environment=secrets_for(recipe))
+
+
+def launch_here(what: str, words: Sequence[str], processes: int, *, continues: str) -> None:
+    """Runs a command of hymba-align in so many processes on this machine, as `launch` does.
+
+    Args:
+        what: the command does, for messages.
+        words: of the command.
+        continues: words about the same command, given again.
+    """
+    _launch(what, ["--", *words], {"processes": processes, "continues": continues}, continues)
+
+
+def _launch(
+    what: str,
+    words: Sequence[str],
+    options: Mapping[str, object],
+    continues: str,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     with tempfile.TemporaryDirectory(prefix="hymba-align-") as folder:
         report = Path(folder) / "report"
-        code = _wait_for([*_agent_command(recipe, report), stage, str(run_root(recipe) / "recipe.yaml")], recipe)
-        what = report.read_text(encoding="utf-8") if report.is_file() else f"its launcher {how_it_ended(code)}"
+        code = _wait_for([*_agent_command(options, report), *words], environment or {})
+        told = report.read_text(encoding="utf-8") if report.is_file() else None
     if code == 0:
         return
+    told = told if told is not None else f"its launcher {how_it_ended(code, continues)}"
     if code == Preempted.exit_code:
-        raise Preempted(f"{stage}: {what}; the same command continues it")
-    error = HymbaAlignError(f"{stage} failed: {what}")
+        raise Preempted(f"{what}: {told}; the same command continues it")
+    error = HymbaAlignError(f"{what} failed: {told}")
     error.exit_code = code if code > 0 else 128 - code
     raise error
 
 
-def _agent_command(recipe: Recipe, report: Path) -> list[str]:
+def _agent_command(options: Mapping[str, object], report: Path) -> list[str]:
     """What starts the processes of this machine, and writes to `report` how they ended; a command follows."""
-    step, machines = slurm_step(), _machines()
-    options = {"parent": os.getpid(), "report": report, "processes": recipe.launch.num_processes // machines}
-    if step is not None:
-        options |= {"machines": machines, "machine": step.node, "address": f"{step.address}:{step.port}"}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "hymba_align.processes.agent", *words]
+    given = {"parent": os.getpid(), "report": report, **options}
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "hymba_align.processes.agent", *flags]
 
 
-def _wait_for(command: Sequence[str], recipe: Recipe) -> int:
-    """The exit code of a launcher, which gets the SIGTERM of this process and the recipe's secrets."""
-    environment = {**os.environ, **secrets_for(recipe)}
-    with subprocess.Popen(command, env=environment) as process, forwarded_to(process):
+def _wait_for(command: Sequence[str], more: Mapping[str, str]) -> int:
+    """The exit code of a launcher, which gets the SIGTERM of this process, and more variables."""
+    with subprocess.Popen(command, env={**os.environ, **more}) as process, forwarded_to(process):
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -196,3 +219,25 @@ def free_gpu_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def scoring_processes(recipe: Recipe) -> int:
+    """How many processes score a stage: `eval.num_processes`, or else those that train, as far as each finds a GPU here.
+
+    Without GPUs it is one: processes on the CPU share its cores, and one batch already uses them all.
+    """
+    import torch
+
+    assert recipe.eval is not None, "the recipe has no section eval"
+    if recipe.eval.num_processes is not None:
+        return recipe.eval.num_processes
+    return max(1, min(torch.cuda.device_count(), recipe.launch.num_processes))
+
+
+def check_gpus(count: int) -> None:
+    """Raises RecipeError where this machine has GPUs, and fewer than processes that are to score on it."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise RecipeError(f"eval.num_processes is {count}, and this machine has {gpus} GPUs; set it to {gpus}")

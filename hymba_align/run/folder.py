@@ -118,8 +118,13 @@ class RunFolder:
         return found
 
     def _set_aside(self, stage: str) -> Path | None:
-        """Moves a stage's checkpoints to where they are kept, over older ones of their kind; returns that folder."""
+        """Moves a stage's checkpoints to where they are kept, over older ones of their kind; returns that folder.
+
+        Scores stay: each carries the fingerprint of its own inputs, and scoring moves aside those that are out of date.
+        """
         folder = self.root / stage
+        if stage.startswith("eval/"):
+            return None
         if not (folder / "final").is_dir() and not any(folder.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
             return None

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LOCK, LEASE = ".lock", ".lease"
 LEASE_S = 60.0
+NO_FOLDER = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -46,14 +47,15 @@ def held(folder: Path, *, lease_s: float = LEASE_S) -> Iterator[None]:
     Args:
         lease_s: seconds without a sign of life after which a holder on another machine counts as dead; the same for all.
     Raises:
-        RunFolderError: another process holds it; who, and what to do.
+        RunFolderError: another process holds it; who, and what to do. Or no folder can be of that name.
         StorageError: the folder cannot be written.
     """
     from filelock import FileLock, SoftFileLease
 
-    existed = folder.is_dir()
-    if folder.exists() and not existed:
-        raise RunFolderError(f"{folder} is a file, and a folder is needed there; name another")
+    with _naming(folder):
+        existed = folder.is_dir()
+        if folder.exists() and not existed:
+            raise RunFolderError(f"{folder} is a file, and a folder is needed there; name another")
     with contextlib.ExitStack() as stack:
         with writing(folder):
             lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
@@ -86,11 +88,23 @@ def check_free(folder: Path) -> None:
 def _flocked_in(folder: Path, lock: BaseFileLock) -> bool:
     """`_flocked` in a folder that is made, and made again when another process, which came to nothing, removes it."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        with _naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             return _flocked(lock)
         except FileNotFoundError:
             continue
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Raises RunFolderError where no folder can be of that name, whatever is free or allowed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_FOLDER:
+            raise
+        raise RunFolderError(f"{folder} cannot be made a folder ({os.strerror(error.errno)}); name another") from error
 
 
 def _flocked(lock: BaseFileLock) -> bool:

@@ -206,6 +206,24 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
         held(tmp_path / "file").__enter__()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/x", "Not a directory"),
+        ("file/x/y", "Not a directory"),
+        ("/proc/x", "No such file or directory"),
+        ("nowhere", "File exists"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_where_no_folder_can_be_made_one_sentence_says_so(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    with pytest.raises(RunFolderError) as raised:
+        held(tmp_path / name).__enter__()
+    assert str(raised.value) == f"{tmp_path / name} cannot be made a folder ({reason}); name another"
+
+
 def test_the_second_of_two_runs_stops_with_one_line_and_the_first_goes_on(
     tmp_path: Path, small_base: dict[str, object], capfd: pytest.CaptureFixture[str]
 ) -> None:
