@@ -216,6 +216,7 @@ def main() -> None:
     problems = "GSM8K" if arguments.gsm8k != SHIPPED else "the shipped arithmetic set in place of GSM8K"
     questions = "GPQA's own archive" if arguments.gpqa else "invented questions in place of GPQA"
     options = ("" if arguments.gsm8k == SHIPPED else " --gsm8k FOLDER") + (" --gpqa ZIP" if arguments.gpqa else "")
+    options += f" --rounds {arguments.rounds} --threads {arguments.threads}"
     table = Table(
         "Evaluation on the CPU",
         "python benchmarks/eval.py" + options,
