@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from hymba_align.model.branches import without_branch
 from hymba_align.model.cache import HymbaCache
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.modeling import HymbaForCausalLM, HymbaModel
@@ -11,4 +12,4 @@ AutoConfig.register(HymbaConfig.model_type, HymbaConfig, exist_ok=True)
 AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
 
-__all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "SegmentTree"]
+__all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "SegmentTree", "without_branch"]
