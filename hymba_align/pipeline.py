@@ -1,4 +1,4 @@
-"""A recipe's stages in order: score the base, SFT, score, DPO, score, report.
+"""A recipe's stages in order: score the base, SFT, score, DPO, score, look inside, report.
 
 Every stage has a fingerprint of all that enters it (its section, its data's bytes, the base, the stage before it, this
 package's version). A stage whose manifest carries that fingerprint as completed is skipped; one that was only started
@@ -99,6 +99,8 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
         print_table(console, score_table(root))
     if recipe.training_stages:
         console.print(f"Model: {root / recipe.training_stages[-1] / 'final'}", markup=False)
+    for stage in recipe.inspected_stages:
+        console.print(f"Inside: {root / 'inspect' / stage / 'inspect.html'}", markup=False)
     console.print(f"Report: {report.with_name('report.html')} and {report.name}", markup=False)
     return begun
 
@@ -120,7 +122,9 @@ def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = 
     root = run_root(recipe)
     if rank() == 0 and not dry_run:
         check_free(root)
-    steps = [step for step in plan(recipe) if step.trains]
+    steps = [
+        step for step in plan(recipe.model_copy(update={"inspect": None})) if step.trains
+    ]  # its data is not read here
     index = [step.name for step in steps].index(stage)
     folder = RunFolder(run_root(recipe))
     for before in steps[:index]:
@@ -158,8 +162,12 @@ def _begin(
     folder, console = RunFolder(run_root(recipe)), _console()
     waiting = [step for step in steps if not folder.is_complete(step.name, step.fingerprint)]
     stages = [step.stage for step in waiting if step.trains and step.stage != "base"]
-    scores = any(not step.trains for step in waiting)
-    tokens = check_inputs(recipe, stages, scores=scores, ask_hub=bool(waiting) and not dry_run)
+    scores, ask_hub = any(step.kind == "score" for step in waiting), bool(waiting) and not dry_run
+    tokens = check_inputs(recipe, stages, scores=scores, ask_hub=ask_hub)
+    for inspected in (step.stage for step in waiting if step.kind == "inspect"):
+        from hymba_align.inside.of_recipe import check_inspection
+
+        check_inspection(recipe, inspected, ask_hub=ask_hub)
     if stages and not dry_run and needs_launch(recipe):
         check_devices(recipe)
     begun = {**planned(recipe, folder, steps, before), "planned_tokens": tokens}
@@ -191,10 +199,11 @@ def _run_steps(recipe: Recipe, steps: Sequence[Step], tokens: Mapping[str, int])
     """
     folder, console = RunFolder(run_root(recipe)), _console()
     _write_base_of_adapters(recipe, folder, steps)
-    scored_s: float | None = None  # that scoring one stage took
+    took_s: dict[str, float] = {}  # that scoring one stage, and looking inside it, took
     for number, step in enumerate(steps, start=1):
         signals.raise_if_requested()
-        what = f"[{number}/{len(steps)}] {step.stage.upper() if step.trains else f'Score {step.stage}'}"
+        words = step.stage.upper() if step.trains else step.title.capitalize()
+        what = f"[{number}/{len(steps)}] {words}"
         if step.trains and rank() == 0:
             _restore(folder, step, console)
         if folder.is_complete(step.name, step.fingerprint):
@@ -205,18 +214,17 @@ def _run_steps(recipe: Recipe, steps: Sequence[Step], tokens: Mapping[str, int])
         console.print(what, markup=False, style="bold")
         started = time.monotonic()
         later = [one for one in steps[number:] if not folder.is_complete(one.name, one.fingerprint)]
-        known = [_known(one, tokens, scored_s) for one in later]
-        with progress.at(Place(number, len(steps), "" if step.trains else f"score {step.stage}", tuple(known))):
+        known = [_known(one, tokens, took_s) for one in later]
+        with progress.at(Place(number, len(steps), "" if step.trains else step.title, tuple(known))):
             _run_step(recipe, folder, step, console)
-        took_s = time.monotonic() - started
-        scored_s = scored_s if step.trains else took_s
-        console.print(f"{what}: done in {took_s:.0f} s", markup=False)
+        took_s[step.kind] = time.monotonic() - started
+        console.print(f"{what}: done in {took_s[step.kind]:.0f} s", markup=False)
 
 
-def _known(step: Step, tokens: Mapping[str, int], scored_s: float | None) -> Later:
+def _known(step: Step, tokens: Mapping[str, int], took_s: Mapping[str, float]) -> Later:
     """What the progress can tell of a step that is still to come."""
     if not step.trains:
-        return Later(seconds=scored_s)
+        return Later(seconds=took_s.get(step.kind))
     return Later(tokens.get(step.stage), at_least=step.stage == "dpo")  # its reference is on top
 
 
@@ -229,8 +237,10 @@ def _restore(folder: RunFolder, step: Step, console: Console) -> None:
 def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
     if step.start is not None and rank() == 0:
         check_whole(Path(step.start), f"'hymba-align run' makes {step.start} again")
-    if not step.trains:
+    if step.kind == "score":
         _score(recipe, folder, step, console)
+    elif step.kind == "inspect":
+        _inspect(recipe, folder, step, console)
     elif not _is_started(folder, step, console):
         return
     elif needs_launch(recipe):
@@ -363,6 +373,20 @@ def _score(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> N
     outputs = tuple(f"{task}.json" for task in results)
     details = {"checkpoint": checkpoint, "inputs": step.start_fingerprint}
     folder.mark_complete(step.name, step.fingerprint, details, outputs)
+
+
+def _inspect(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
+    """Looks into a stage's checkpoint, beside that of the stage that it is compared with."""
+    from hymba_align.inside.of_recipe import inspect_stage
+
+    def checkpoint_of(stage: Stage) -> str:
+        return _base_checkpoint(recipe, folder) if stage == "base" else str(folder.root / stage / "final")
+
+    against = checkpoint_of(step.against) if step.against is not None else None
+    if against is not None and step.against != "base":
+        check_whole(Path(against), f"'hymba-align run' makes {against} again")
+    say = partial(console.print, markup=False)
+    inspect_stage(recipe, folder, step, checkpoint_of(step.stage), against, say)
 
 
 def _set_aside_other_tasks(stage_dir: Path, section: EvalSection, console: Console) -> None:

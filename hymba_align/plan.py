@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import hymba_align
+from hymba_align import plan_inspection
 from hymba_align.adapter_folder import digests_below
 from hymba_align.files import fingerprint, path_digest
 from hymba_align.processes.engines import settings_that_count
@@ -59,7 +61,7 @@ BATCH_SIZE_OF_TRAINER = 8  # transformers' default; a test compares
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work: a training stage, or the scoring of one (`name` is then `eval/<stage>`)."""
+    """One unit of work: a training stage, its scoring (`name` is then `eval/<stage>`) or a look inside (`inspect/<stage>`)."""
 
     name: str
     stage: Stage
@@ -71,11 +73,25 @@ class Step:
     """Names of what it reads besides, and digests of what they held at planning"""
     start_fingerprint: str
     """Of what the checkpoint that it reads was made from"""
+    against: Stage | None = None
+    """The stage with whose checkpoint an inspection compares"""
+
+    @property
+    def kind(self) -> Literal["train", "score", "inspect"]:
+        """What is done with the stage."""
+        if self.name.startswith("eval/"):
+            return "score"
+        return "inspect" if self.name.startswith("inspect/") else "train"
 
     @property
     def trains(self) -> bool:
-        """Whether the step trains; if not, it scores."""
-        return not self.name.startswith("eval/")
+        """Whether the step trains; if not, it scores or inspects."""
+        return self.kind == "train"
+
+    @property
+    def title(self) -> str:
+        """`sft`, `score sft`, `inspect sft`."""
+        return self.stage if self.trains else f"{self.kind} {self.stage}"
 
 
 def plan(recipe: Recipe) -> list[Step]:
@@ -86,8 +102,11 @@ def plan(recipe: Recipe) -> list[Step]:
     previous = base_fingerprint(recipe)
     start: str | None = None
     steps = []
+    made: dict[Stage, tuple[str | None, str]] = {"base": (start, previous)}
     if "base" in recipe.scored_stages:
         steps.append(_scoring_step(recipe, "base", start, previous))
+    if "base" in recipe.inspected_stages:
+        steps.append(_inspecting_step(recipe, "base", made))
     for stage in recipe.training_stages:
         data = recipe.data_for(stage)
         rows = tuple(contents(data))
@@ -96,8 +115,11 @@ def plan(recipe: Recipe) -> list[Step]:
         steps.append(Step(stage, stage, names, start, made_from, rows, previous))
         previous = made_from
         start = str(root / stage / "final")
+        made[stage] = (start, previous)
         if stage in recipe.scored_stages:
             steps.append(_scoring_step(recipe, stage, start, previous))
+        if stage in recipe.inspected_stages:
+            steps.append(_inspecting_step(recipe, stage, made))
     return steps
 
 
@@ -184,3 +206,28 @@ def file_contents(section: EvalSection) -> tuple[tuple[str, str | None], ...]:
 
     paths = {str(path) for task in section.tasks for path in data_files(section, task)}
     return tuple((path, path_digest(path)) for path in sorted(paths))
+
+
+def _inspecting_step(recipe: Recipe, stage: Stage, made: Mapping[Stage, tuple[str | None, str]]) -> Step:
+    """A step that looks into a stage's checkpoint.
+
+    Args:
+        made: of every stage so far, in order, its checkpoint and the fingerprint of what that was made from.
+    """
+    start, made_from = made[stage]
+    other, files = plan_inspection.compared_with(recipe, stage), inspected_contents(recipe, stage)
+    inputs = {
+        "checkpoint": made_from,
+        "against": made[other][1] if other is not None else None,
+        "settings": plan_inspection.settings_that_count(recipe, stage),
+        "files": files,
+    }
+    words = plan_inspection.in_words(recipe, stage)
+    return Step(f"inspect/{stage}", stage, words, start, fingerprint(inputs), files, made_from, other)
+
+
+def inspected_contents(recipe: Recipe, stage: Stage) -> tuple[tuple[str, str | None], ...]:
+    """The files that an inspection reads, besides checkpoints, with digests of what they hold now."""
+    scoring = plan_inspection.tasks_of(recipe)
+    files = [*plan_inspection.contents_of(recipe, stage), *(file_contents(scoring) if scoring is not None else ())]
+    return tuple(dict.fromkeys(files))

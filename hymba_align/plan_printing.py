@@ -36,7 +36,7 @@ def planned(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], before: Se
 def _planned_step(recipe: Recipe, folder: RunFolder, step: Step, missing: Sequence[str]) -> dict[str, Any]:
     launched = step.trains and needs_launch(recipe)
     return {
-        "step": step.stage if step.trains else f"score {step.stage}",
+        "step": step.title,
         "data": step.data,
         "starts_from": str(Path(step.start).relative_to(folder.root)) if step.start else _base_name(recipe),
         "writes_to": f"{step.name}/final" if step.trains else step.name,

@@ -198,6 +198,7 @@ class Display:
         stream: where it is shown; stderr by default.
         shown: whether it is shown at all; only one of several processes shows it.
         is_part: whether the step goes on after the whole, so that the run's end cannot be told from it.
+        between_lines_s: the least time between two lines of counts in a log.
     """
 
     def __init__(
@@ -211,12 +212,13 @@ class Display:
         stream: TextIO | None = None,
         shown: bool = True,
         is_part: bool = False,
+        between_lines_s: float = BETWEEN_LINES_S,
     ) -> None:
         self.place = current_place()
         self.name, self.total, self.unit, self.done = self.place.numbered(name), total, unit, done
         self.stream: TextIO = stream if stream is not None else sys.stderr
         self.shown, self.is_part, self.news, self.tokens_per_second = shown, is_part, (), None
-        self._pace, self._began = Pace(done, together), time.monotonic()
+        self._pace, self._began, self._between_lines_s = Pace(done, together), time.monotonic(), between_lines_s
         self._next_line, self._last_shown = float(done), 0.0
         self._bar: Any = None
         if shown and is_terminal(self.stream):
@@ -255,7 +257,7 @@ class Display:
 
     def _line_is_due(self) -> bool:
         silent_s = time.monotonic() - self._last_shown
-        in_a_burst = bool(self.unit) and silent_s < BETWEEN_LINES_S and self.done < self.total
+        in_a_burst = bool(self.unit) and silent_s < self._between_lines_s and self.done < self.total
         return silent_s >= LONGEST_SILENCE_S or (self.done >= min(self._next_line, self.total) and not in_a_burst)
 
     def redraw(self, *news: Field) -> None:

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from hymba_align import secrets
 from hymba_align.errors import RecipeError
 from hymba_align.recipe_eval import EvalSection, GSM8KSection, Stage
+from hymba_align.recipe_inspect import InspectSection
 from hymba_align.recipe_loading import Section, dump_yaml, load_section
 from hymba_align.recipe_lora import LoraSection
 
@@ -283,12 +284,13 @@ class Recipe(Section):
     dpo: DPOSection | None = None
     lora: LoraSection | None = None
     eval: EvalSection | None = None
+    inspect: InspectSection | None = None
     launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
-        if not self.training_stages and self.eval is None:
-            raise ValueError("the recipe has none of the sections sft, dpo and eval; add at least one")
+        if not self.training_stages and self.eval is None and self.inspect is None:
+            raise ValueError("the recipe has none of the sections sft, dpo, eval and inspect; add at least one")
         for stage in self.training_stages:
             own = self._stage_section(stage).data
             if self.data is None and own is None:
@@ -304,6 +306,11 @@ class Recipe(Section):
             if scored not in ("base", *self.training_stages):
                 raise ValueError(
                     f"eval.stages names {scored}, and there is no section {scored}; add it or remove the name"
+                )
+        for inspected in (self.inspect.stages or ()) if self.inspect else ():
+            if inspected not in ("base", *self.training_stages):
+                raise ValueError(
+                    f"inspect.stages names {inspected}, and there is no section {inspected}; add it or remove the name"
                 )
         return self
 
@@ -323,6 +330,15 @@ class Recipe(Section):
         if self.eval is None:
             return ()
         wanted = self.eval.stages if self.eval.stages is not None else ("base", *self.training_stages)
+        return tuple(stage for stage in STAGES if stage in wanted)
+
+    @property
+    def inspected_stages(self) -> tuple[Stage, ...]:
+        """The stages to inspect, in the order in which they run; empty without a section `inspect`."""
+        if self.inspect is None:
+            return ()
+        last = ("base", *self.training_stages)[-1:]
+        wanted = self.inspect.stages if self.inspect.stages is not None else last
         return tuple(stage for stage in STAGES if stage in wanted)
 
     def lora_for(self, stage: TrainingStage) -> LoraSection | None:
@@ -404,14 +420,20 @@ def gsm8k_paths(recipe: Recipe) -> GSM8KSection:
     data = recipe.data
     if data is None or not data.path or not _holds_questions_and_answers(Path(data.path)):
         return section
-    train = Path(data.path)
-    test = train.with_name("test.jsonl")
     return section.model_copy(
         update={
-            "train_path": section.train_path or str(train),
-            "test_path": section.test_path or (str(test) if test.is_file() else None),
+            "train_path": section.train_path or str(Path(data.path)),
+            "test_path": section.test_path or test_file_beside(data),
         }
     )
+
+
+def test_file_beside(data: DataSection) -> str | None:
+    """The `test.jsonl` in the folder of the one local file that is the data; None where there is none."""
+    if not data.path or not Path(data.path).is_file():
+        return None
+    test = Path(data.path).with_name("test.jsonl")
+    return str(test) if test.is_file() else None
 
 
 def resolved_eval(recipe: Recipe) -> EvalSection:

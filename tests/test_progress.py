@@ -214,6 +214,18 @@ def test_answers_that_come_by_the_batch_fill_no_log(clock_of: Any) -> None:
     assert counts == ["1", "101", "200"]
 
 
+def test_a_part_of_a_short_step_tells_less_often(clock_of: Any) -> None:
+    log = io.StringIO()
+    clock_of(100.0)
+    display = Display("Loss without each branch", 20, unit="rows", stream=log, between_lines_s=30.0)
+    for done in range(1, 21):
+        clock_of(3.0)
+        display.advance(done)
+        display.tell()
+    counts = [line.split("  ")[2].split("/")[0] for line in log.getvalue().splitlines()]
+    assert counts == ["1", "11", "20"]
+
+
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(write, text: str, value: object
         ),
         (
             BASE + "eval: {}\nx: 3\n",
-            "recipe.yaml:4: x is not a key of a recipe; valid here: name, output_dir, seed, base, data, sft, dpo, lora, eval, launch",
+            "recipe.yaml:4: x is not a key of a recipe; valid here: name, output_dir, seed, base, data, sft, dpo, lora, eval, inspect, launch",
         ),
         (
             BASE + "data: {path: a.jsonl}\nsft:\n  max_length: long\n",
@@ -154,7 +154,7 @@ def test_a_malformed_recipe_is_one_sentence_with_file_line_key_and_value(write, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BASE, "recipe.yaml: the recipe has none of the sections sft, dpo and eval; add at least one"),
+        (BASE, "recipe.yaml: the recipe has none of the sections sft, dpo, eval and inspect; add at least one"),
         (BASE + "dpo: {}\n", "recipe.yaml: dpo has no data; add a section data, or dpo.data"),
         (
             BASE + "dpo: {data: {max_rows: 3}}\n",

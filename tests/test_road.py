@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import hymba_align.model  # noqa: F401  registers "hymba"
 from hymba_align.cli import main
+from hymba_align.inside.stored import read
+from hymba_align.inside.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -40,6 +42,8 @@ def test_the_recipe_learns_what_it_is_given_and_dpo_prefers_the_right_answers(
         "dpo.trainer.num_train_epochs=5",
         "dpo.trainer.per_device_train_batch_size=4",
         "eval.max_new_tokens=64",
+        "inspect.documents=6",
+        "inspect.contexts=[64,256]",
     ]
     assert main(["run", RECIPE, *overrides]) == 0
     scores = {stage: read_json(run / "eval" / stage / "gsm8k.json")["scores"] for stage in ("base", "sft", "dpo")}
@@ -59,8 +63,19 @@ def test_the_recipe_learns_what_it_is_given_and_dpo_prefers_the_right_answers(
     report = (run / "report.md").read_text(encoding="utf-8")
     assert f"{100 * strict['sft']:.1f}" in report
 
+    inside = read(run / "inspect" / "dpo" / "inspect.json")
+    assert (inside.left_out, inside.against) == ({}, f"{run}/sft/final")
+    assert inside.data.startswith(f"6 documents chosen from 12 rows of {tmp_path}/test.jsonl; 6 pairs")
+    (loss,) = inside.importance
+    assert loss.chance is not None
+    assert loss.whole.mean < 0.1 * loss.chance
+    assert loss.layers[0].ssm.score > 5 * loss.whole.mean
+    assert inside.alignment is not None
+    assert inside.alignment.whole.distance > 0
+    assert all(finding.text.split(",")[0] in report.replace("\\", "") for finding in summary(inside).findings)
+
     assert main(["run", RECIPE, *overrides]) == 0
-    assert capsys.readouterr().out.count("complete and unchanged, skipped") == 5
+    assert capsys.readouterr().out.count("complete and unchanged, skipped") == 6
 
 
 def test_dpo_with_and_without_sharing_prompts_trains_the_same_model(tmp_path: Path) -> None:
@@ -95,6 +110,8 @@ def test_real_gsm8k_goes_down_the_whole_road_with_one_override_of_the_data_path(
         "dpo.trainer.per_device_train_batch_size=4",
         "eval.limit=3",
         "eval.max_new_tokens=16",
+        "inspect.documents=2",
+        "inspect.parts=[alignment]",
     ]
     data_path = f"data.path={GSM8K / 'train.jsonl'}"
     assert main(["run", RECIPE, data_path, f"output_dir={tmp_path / 'run'}", *size]) == 0
@@ -103,6 +120,8 @@ def test_real_gsm8k_goes_down_the_whole_road_with_one_override_of_the_data_path(
     result = read_json(tmp_path / "run" / "eval" / "dpo" / "gsm8k.json")
     assert result["n"] == 3
     assert result["total"] == 1319
+    inside = read_json(tmp_path / "run" / "inspect" / "dpo" / "inspect.json")
+    assert inside["data"].startswith(f"2 documents chosen from 1,319 rows of {GSM8K / 'test.jsonl'}")
     assert result["truncated_prompts"] == 0
     assert result["partial"]
     first = json.loads((GSM8K / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])

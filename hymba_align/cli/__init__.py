@@ -14,7 +14,20 @@ from collections.abc import Sequence
 import click
 
 from hymba_align import __version__
-from hymba_align.cli import chat, completion, data, doctor, explain, export, init, scoring, serve, show, training
+from hymba_align.cli import (
+    chat,
+    completion,
+    data,
+    doctor,
+    explain,
+    export,
+    init,
+    inspect,
+    scoring,
+    serve,
+    show,
+    training,
+)
 from hymba_align.cli.options import print_json_error
 from hymba_align.errors import HymbaAlignError, Preempted, SeveralErrors, StorageError
 from hymba_align.processes import signals
@@ -42,6 +55,7 @@ for command in (
     training.dpo,
     scoring.evaluate,
     scoring.install_bfcl,
+    inspect.inspect,
     chat.chat,
     serve.serve,
     data.data_group,

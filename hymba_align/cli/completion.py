@@ -57,9 +57,21 @@ def complete_tasks(context: click.Context, parameter: click.Parameter, incomplet
     """Names of tasks, of which several are joined by commas."""
     from hymba_align.recipe_eval import TASKS
 
+    return _joined(TASKS, incomplete)
+
+
+def complete_parts(context: click.Context, parameter: click.Parameter, incomplete: str) -> Completions:
+    """Names of the parts of an inspection, of which several are joined by commas."""
+    from hymba_align.recipe_inspect import PARTS
+
+    return _joined(PARTS, incomplete)
+
+
+def _joined(names: Iterable[str], incomplete: str) -> Completions:
+    """The names that can follow those that stand there already."""
     before, comma, begun = incomplete.rpartition(",")
     chosen = before.split(",") if before else []
-    return [CompletionItem(f"{before}{comma}{name}") for name in TASKS if name.startswith(begun) and name not in chosen]
+    return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(begun) and name not in chosen]
 
 
 def _names_in(folder: Path) -> list[str]:

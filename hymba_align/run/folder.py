@@ -7,6 +7,7 @@
       sft/  dpo/   checkpoint-N/ while training, final/, manifest.json, metrics.jsonl
       <stage>.previous/  <stage>.interrupted/   what a stage had when its inputs changed, finished or not
       eval/        <stage>/<task>.json, <stage>.manifest.json
+      inspect/     <stage>/inspect.html, inspect.json, plots/; <stage>.manifest.json, which holds the summary
 
 A manifest records which inputs (a fingerprint) a stage was started with and, at its end, completed with. Every file
 written here appears whole or not at all: temporary name, fsync, rename.
@@ -34,13 +35,15 @@ LOCK_FILES = frozenset({LOCK, LEASE})
 NEVER_FINISHED = re.compile(r"\..*\.\d+\.tmp")
 """What `write_text` leaves of a file when the process is killed"""
 
+BESIDE = ("eval/", "inspect/")
+"""Stages whose manifest lies beside their folder"""
 ASIDE = ("previous", "interrupted")  # what a stage had finished, what it had not, when its inputs changed
 MOVING = "moving"  # on its way back
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes; stages are named `base`, `sft`, `dpo` and `eval/<stage>`."""
+    """Where a run writes; stages are named `base`, `sft`, `dpo`, `eval/<stage>` and `inspect/<stage>`."""
 
     root: Path
 
@@ -51,8 +54,8 @@ class RunFolder:
         return folder
 
     def manifest_path(self, stage: str) -> Path:
-        """`<stage>/manifest.json`; beside the folder for scores, whose folder holds one file per task and nothing else."""
-        if stage.startswith("eval/"):
+        """`<stage>/manifest.json`; beside the folder of scores and inspections, which holds what they wrote and nothing else."""
+        if stage.startswith(BESIDE):
             return self.root / f"{stage}.manifest.json"
         return self.root / stage / "manifest.json"
 
@@ -120,10 +123,11 @@ class RunFolder:
     def _set_aside(self, stage: str) -> Path | None:
         """Moves a stage's checkpoints to where they are kept, over older ones of their kind; returns that folder.
 
-        Scores stay: each carries the fingerprint of its own inputs, and scoring moves aside those that are out of date.
+        Scores stay: each carries the fingerprint of its own inputs, and scoring moves aside those that are out of date. So
+        does an inspection, until another one takes its place.
         """
         folder = self.root / stage
-        if stage.startswith("eval/"):
+        if stage.startswith(BESIDE):
             return None
         if not (folder / "final").is_dir() and not any(folder.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)

@@ -157,7 +157,7 @@ def _change(first: TaskResult | None, other: TaskResult | None, score: str) -> D
 
 
 def _costs(runs: Sequence[Run]) -> Iterator[CostRow]:
-    """Every training and scoring that a run has done."""
+    """Every training, scoring and inspection that a run has done."""
     for stage in TRAINING_STAGES:
         costs = tuple(cost.of_training(run.metrics[stage]) if run.metrics[stage] else None for run in runs)
         if any(costs):
@@ -168,6 +168,11 @@ def _costs(runs: Sequence[Run]) -> Iterator[CostRow]:
             if any(found):
                 scoring = tuple(cost.of_scoring(scored) if scored is not None else None for scored in found)
                 yield CostRow(f"score {STAGE_NAMES[stage]}, {task}", scoring)
+    for stage in STAGES:
+        looks = [next((one for one in run.inspected if one.stage == stage), None) for run in runs]
+        if any(looks):
+            inspecting = tuple(cost.of_inspecting(one) if one is not None else None for one in looks)
+            yield CostRow(f"inspect {STAGE_NAMES[stage]}", inspecting)
 
 
 def plain_comparison(comparison: Comparison) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from hymba_align.run.folder import RunFolder
 from hymba_align.run.lock import Holder, holder
 from hymba_align.run.metrics import METRICS_FILE
 
+WORDS = {"eval": "score", "inspect": "inspect"}
+"""What is done with a stage, by the folder that has it"""
 State = Literal["done", "running", "interrupted", "to do", "damaged"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a step is: `sft`, `dpo`, or the scoring of a stage, `eval/<stage>`."""
+    """How far a step is: `sft`, `dpo`, the scoring of a stage, `eval/<stage>`, or the look inside it, `inspect/<stage>`."""
 
     name: str
     state: State
@@ -34,9 +36,9 @@ class Progress:
 
     @property
     def title(self) -> str:
-        """`train SFT`, `score base`."""
-        stage = self.name.removeprefix("eval/")
-        return f"score {STAGE_NAMES[stage]}" if self.name != stage else f"train {stage.upper()}"
+        """`train SFT`, `score base`, `inspect after DPO`."""
+        kind, _, stage = self.name.rpartition("/")
+        return f"{WORDS[kind]} {STAGE_NAMES[stage]}" if kind else f"train {stage.upper()}"
 
 
 def progress_of(run: Run) -> tuple[list[Progress], Holder | None]:
@@ -55,6 +57,7 @@ def _names(run: Run) -> list[str]:
     """Names of the steps that the recipe has or the folder shows, in the order in which they run."""
     section = run.recipe.get("eval")
     wanted = section.get("stages") if isinstance(section, dict) else None
+    inspected = _inspected_stages(run)
     names = []
     for stage in STAGES:
         trains = stage in TRAINING_STAGES and (isinstance(run.recipe.get(stage), dict) or (run.root / stage).is_dir())
@@ -62,8 +65,22 @@ def _names(run: Run) -> list[str]:
             stage in wanted if isinstance(wanted, list) else trains or stage == "base"
         )
         scored = (run.root / f"eval/{stage}.manifest.json").is_file()
-        names += [*([stage] if trains else []), *([f"eval/{stage}"] if asked or scored else [])]
+        looked = stage in inspected or (run.root / f"inspect/{stage}.manifest.json").is_file()
+        names += [stage] if trains else []
+        names += [f"eval/{stage}"] if asked or scored else []
+        names += [f"inspect/{stage}"] if looked else []
     return names
+
+
+def _inspected_stages(run: Run) -> Sequence[str]:
+    """Stages that the recipe asks to inspect: those it names, else the last that is trained."""
+    section = run.recipe.get("inspect")
+    if not isinstance(section, dict):
+        return ()
+    wanted = section.get("stages")
+    if isinstance(wanted, list):
+        return wanted
+    return ("base", *(stage for stage in TRAINING_STAGES if isinstance(run.recipe.get(stage), dict)))[-1:]
 
 
 def _step(run: Run, name: str) -> Progress:
@@ -116,6 +133,9 @@ def _done(run: Run, name: str, manifest: Mapping[str, Any]) -> str:
     if name.startswith("eval/"):
         tasks = [scored for scored in run.scored if f"eval/{scored.stage}" == name]
         return f"{len(tasks)} task{'' if len(tasks) == 1 else 's'}"
+    if name.startswith("inspect/"):
+        found = [one.seconds for one in run.inspected if f"inspect/{one.stage}" == name and one.seconds is not None]
+        return duration(found[0]) if found else ""
     metrics = _metrics(manifest)
     seconds = metrics.get("total_runtime_s", metrics.get("runtime_s"))
     steps = [f"{int(metrics['steps']):,} steps"] if "steps" in metrics else []
@@ -134,6 +154,8 @@ def _where(folder: Path, step: int | None, max_steps: int | None) -> str:
     """Where an interrupted step stopped, and where it goes on."""
     if "eval" in folder.parts[-2:-1]:
         return _answers(folder)
+    if "inspect" in folder.parts[-2:-1]:
+        return "begins anew"
     checkpoints = checkpoint_steps(folder)
     goes_on = f"continues from {checkpoints[-1].name}" if checkpoints else "begins anew: it left no checkpoint"
     return f"step {step:,}{_of(max_steps)}; {goes_on}" if step is not None else goes_on

@@ -1,4 +1,4 @@
-"""A run in the terminal: states, settings, data, curves, scores, costs, checkpoints, and what to do next."""
+"""A run in the terminal: states, settings, data, curves, scores, what is inside, costs, checkpoints, what to do next."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_align.eval.report import cost, training
+from hymba_align.eval.report.contents import STAGE_NAMES
 from hymba_align.eval.report.terminal import run_table
 from hymba_align.eval.report.words import seen
 from hymba_align.run_view.curves import draw
@@ -46,6 +47,7 @@ def print_view(view: RunView, console: Console) -> None:
     if view.run.scored:
         console.print()
         print_table(console, run_table(view.run))
+    _print_inside(view, console)
     _print_costs(view, console)
     _print_paths(view, console)
 
@@ -87,6 +89,16 @@ def _print_training(view: RunView, stage: str, console: Console) -> None:
     _print_pairs(console, f"Training, {stage.upper()}", shown)
     for step, warning in training.log(view.run.metrics[stage]):
         _print(console, f"  step {step:,}: {warning}", style="yellow")
+
+
+def _print_inside(view: RunView, console: Console) -> None:
+    """The most telling of each inspection, and where all of it is."""
+    for found in view.run.inspected:
+        console.print()
+        _print(console, f"Inside, {STAGE_NAMES[found.stage]}", style="bold")
+        for text, sign in found.findings:
+            _print(console, f"  {'Sign: ' if sign else ''}{text}", style="yellow" if sign else "")
+        _print_whole(console, f"  {view.run.root / found.page}")
 
 
 def _print_costs(view: RunView, console: Console) -> None:

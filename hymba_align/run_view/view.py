@@ -172,6 +172,15 @@ def plain_view(view: RunView) -> dict[str, Any]:
             stage: {scored.task: plain_result(scored.result) for scored in run.scored if scored.stage == stage}
             for stage in dict.fromkeys(scored.stage for scored in run.scored)
         },
+        "inspections": {
+            found.stage: {
+                "page": str(run.root / found.page),
+                "findings": [{"text": text, "sign": sign} for text, sign in found.findings],
+                "table": [list(found.head), *map(list, found.rows)],
+                "seconds": found.seconds,
+            }
+            for found in run.inspected
+        },
         "checkpoints": [str(path) for path in view.checkpoints],
         "next": [{"what": what, "command": command} for what, command in view.next],
     }

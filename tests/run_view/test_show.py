@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from hymba_align.cli import main
+from hymba_align.eval.report import cost
 from hymba_align.files import write_json
 from hymba_align.run.lock import LEASE, LEASE_S, held, holder
-from hymba_align.run_view.view import view_run
+from hymba_align.run_view.show import show_run
+from hymba_align.run_view.view import plain_view, view_run
 
 Build = Callable[..., Path]
 Show = Callable[..., tuple[int, str, str]]
@@ -325,3 +327,57 @@ def test_following_ends_when_nobody_works_at_the_run(show: Show, begun: Build, m
         "train SFT: done, step 40 of 40",
         "score after SFT: running",
     ]
+
+
+# ---- looks inside ----------------------------------------------------------------------------------------------------
+
+
+def inspected(root: Path, **changed: Any) -> None:
+    """A look inside the last stage that is complete."""
+    folder = root / "inspect" / "dpo"
+    folder.mkdir(parents=True)
+    (folder / "inspect.html").write_text("<p>page</p>")
+    (folder / "inspect.json").write_text("{}")
+    summary = {"head": ["what", "value"], "rows": [["KL", "0.2"]], "findings": [{"text": "KL grew.", "sign": True}]}
+    done = {"started": "i", "completed": "i", "outputs": ["inspect.html", "inspect.json"]}
+    details = {"summary": summary, "seconds": 12.0, "inputs": "dpo", **changed}
+    write_json(root / "inspect" / "dpo.manifest.json", {"stage": "inspect/dpo", **done, "details": details})
+
+
+def test_a_look_inside_is_a_step_with_its_most_telling_sentences(
+    finished: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = finished(inspect={"data": "rows.jsonl", "stages": None})
+    waiting = {step.name: step.state for step in view_run(root).steps}
+    inspected(root)
+
+    view = show_run(root)
+
+    told = capsys.readouterr().out
+    assert waiting["inspect/dpo"] == "to do"
+    (step,) = [step for step in view.steps if step.name.startswith("inspect")]
+    assert (step.name, step.title, step.state, step.detail) == ("inspect/dpo", "inspect after DPO", "done", "12 s")
+    assert "Inside, after DPO\n  Sign: KL grew.\n" in told
+    assert f"{root}/inspect/dpo/inspect.html" in told
+    assert plain_view(view)["inspections"]["dpo"]["findings"] == [{"text": "KL grew.", "sign": True}]
+    assert [name for name, *_ in cost.rows(view.run)][-2:] == ["inspect after DPO", "together"]
+
+
+def test_a_look_inside_weights_that_were_trained_anew_is_left_out_and_named(finished: Build) -> None:
+    root = finished()
+    inspected(root, inputs="other weights")
+
+    view = view_run(root)
+
+    assert view.run.inspected == ()
+    assert "The look inside after DPO is of weights that were trained anew since; run it again" in view.problems
+
+
+def test_a_look_inside_whose_page_is_gone_is_damaged(finished: Build) -> None:
+    root = finished()
+    inspected(root)
+    (root / "inspect" / "dpo" / "inspect.html").unlink()
+
+    states = {step.name: step.state for step in view_run(root).steps}
+
+    assert states["inspect/dpo"] == "damaged"

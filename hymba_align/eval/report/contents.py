@@ -13,6 +13,7 @@ import yaml
 from hymba_align.errors import HymbaAlignError, ResultError
 from hymba_align.eval.earlier import PREVIOUS
 from hymba_align.eval.report import training
+from hymba_align.eval.report.inspected import Inspected, inspected
 from hymba_align.eval.result import TaskResult, read_result
 from hymba_align.files import read_json
 from hymba_align.recipe_eval import TASKS
@@ -46,6 +47,7 @@ class Run:
     data: dict[str, dict[str, Any]]
     continued: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Samples of each training stage, as samples.jsonl has them"""
+    inspected: tuple[Inspected, ...] = ()
 
     @property
     def name(self) -> str:
@@ -80,9 +82,27 @@ def read_run(root: Path) -> Run:
     recipe, environment = without_secrets(_recipe(root, notices)), _json(root, "environment.json", notices)
     metrics = {stage: _metrics(root / stage, notices) for stage in TRAINING_STAGES}
     data = {stage: _data(root, stage, notices) for stage in TRAINING_STAGES}
+    inside = tuple(_inspected(root, notices))
     told = tuple(redact(notice.replace(f"{root}/", "")) for notice in notices)
     continued = {stage: _metrics(root / stage, notices, SAMPLES_FILE) for stage in TRAINING_STAGES}
-    return Run(root, scored, told, recipe, environment, metrics, data, continued)
+    return Run(root, scored, told, recipe, environment, metrics, data, continued, inside)
+
+
+def _inspected(root: Path, notices: list[str]) -> Iterator[Inspected]:
+    """Every inspection in the order of the stages, but for those of weights that are gone."""
+    for stage in STAGES:
+        manifest = _json(root, f"inspect/{stage}.manifest.json", notices)
+        try:
+            found = inspected(root, stage, manifest)
+        except ValueError as error:
+            notices.append(f"inspect/{stage}.manifest.json: {error}")
+            continue
+        if found is not None and _are_of_earlier_weights(root, "inspect", stage, notices):
+            notices.append(
+                f"The look inside {STAGE_NAMES[stage]} is of weights that were trained anew since; run it again"
+            )
+        elif found is not None:
+            yield found
 
 
 def _results(root: Path, notices: list[str]) -> Iterator[Scored]:
@@ -90,7 +110,7 @@ def _results(root: Path, notices: list[str]) -> Iterator[Scored]:
     for stage in STAGES:
         found = sorted((root / "eval" / stage).glob("*.json"))
         paths = [path for path in found if not path.name.endswith(PREVIOUS)]
-        if paths and _are_of_earlier_weights(root, stage, notices):
+        if paths and _are_of_earlier_weights(root, "eval", stage, notices):
             notices.append(f"Scores {STAGE_NAMES[stage]} are of weights that were trained anew since; score again")
             continue
         for path in paths:
@@ -100,10 +120,15 @@ def _results(root: Path, notices: list[str]) -> Iterator[Scored]:
                 notices.append(str(error))
 
 
-def _are_of_earlier_weights(root: Path, stage: str, notices: list[str]) -> bool:
-    """Whether the stage was trained anew, on other inputs, after it was scored; folders without manifests count as whole."""
-    scored, trained = (_json(root, name, notices) for name in (f"eval/{stage}.manifest.json", f"{stage}/manifest.json"))
-    details = scored.get("details")
+def _are_of_earlier_weights(root: Path, looked: str, stage: str, notices: list[str]) -> bool:
+    """Whether the stage was trained anew, on other inputs, after it was looked at; folders without manifests count as whole.
+
+    Args:
+        looked: eval or inspect.
+    """
+    names = (f"{looked}/{stage}.manifest.json", f"{stage}/manifest.json")
+    seen, trained = (_json(root, name, notices) for name in names)
+    details = seen.get("details")
     inputs = details.get("inputs") if isinstance(details, dict) else None
     return bool(trained) and inputs is not None and inputs != trained.get("completed")
 

@@ -1,4 +1,4 @@
-"""What a run took: time, tokens and memory of every stage's training and of every scoring."""
+"""What a run took: time, tokens and memory of every stage's training and of every scoring, time of every inspection."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hymba_align.eval.report.contents import STAGE_NAMES, STAGES, TRAINING_STAGES, Run, Scored
+from hymba_align.eval.report.inspected import Inspected
 from hymba_align.eval.report.words import duration, gibibytes, problems
 
 HEAD = ("what", "time", "tokens", "tokens per second", "peak memory")
@@ -39,12 +40,13 @@ class Cost:
 
 
 def rows(run: Run) -> list[tuple[str, str, str, str, str]]:
-    """The cells of `HEAD` for every training and scoring, and their time together where each is known; empty where nothing was run."""
+    """The cells of `HEAD` for every training, scoring and inspection, and their time together where each is known; empty where nothing was run."""
     costs = [
         (f"train {stage.upper()}", of_training(run.metrics[stage])) for stage in TRAINING_STAGES if run.metrics[stage]
     ]
     in_order = sorted(run.scored, key=lambda scored: (STAGES.index(scored.stage), run.tasks.index(scored.task)))
     costs += [(_name(scored), of_scoring(scored)) for scored in in_order]
+    costs += [(f"inspect {STAGE_NAMES[one.stage]}", of_inspecting(one)) for one in run.inspected]
     found = [(name, *cost.cells) for name, cost in costs]
     times = [cost.seconds for _, cost in costs if cost.seconds is not None]
     return [*found, ("together", duration(sum(times)), "", "", "")] if 1 < len(times) == len(costs) else found
@@ -64,6 +66,11 @@ def of_scoring(scored: Scored) -> Cost:
     result = scored.result
     seconds, tokens = result.wall_s + result.earlier_s, result.new_tokens + result.reused_tokens
     return Cost(seconds, tokens, result.tokens_per_second, result.peak_memory_bytes)
+
+
+def of_inspecting(found: Inspected) -> Cost:
+    """What an inspection took: its time."""
+    return Cost(found.seconds, None, None, None)
 
 
 def _name(scored: Scored) -> str:

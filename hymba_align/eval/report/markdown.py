@@ -34,6 +34,7 @@ def markdown(run: Run) -> str:
     blocks += [f"Note: {words(notice)}." for notice in run.notices]
     blocks += ["## Scores", *_scores(run)]
     blocks += ["## Data", *_data(run), "## Training", *_training(run)]
+    blocks += ["## Inside", *_inside(run)] if run.inspected else []
     blocks += ["## Cost", *_cost(run), "## Sample answers", *_samples(run)]
     return "\n\n".join(blocks) + "\n"
 
@@ -136,6 +137,25 @@ def _training(run: Run) -> list[str]:
         warnings = [f"- step {step}: {words(told)}" for step, told in training.log(run.metrics[stage])]
         blocks += ["Warnings:\n\n" + "\n".join(warnings)] if warnings else []
     return blocks or ["No stage has trained yet."]
+
+
+def _inside(run: Run) -> list[str]:
+    """What heads and meta tokens do, and what training changed: the most telling of each inspection."""
+    blocks = []
+    for found in run.inspected:
+        blocks.append(f"### {first_upper(STAGE_NAMES[found.stage])}")
+        blocks += [words(found.read)] if found.read else []
+        if found.rows:
+            cells = [
+                tuple(map(words, found.head)),
+                ("---",) * len(found.head),
+                *(tuple(map(words, row)) for row in found.rows),
+            ]
+            blocks.append("\n".join(map(_row, cells)))
+        lines = [f"- {'**Sign**: ' if sign else ''}{words(text)}" for text, sign in found.findings]
+        blocks += ["\n".join(lines)] if lines else []
+        blocks.append(f"All of it: [{words(found.page)}]({found.page})")
+    return blocks
 
 
 def _cost(run: Run) -> list[str]:
