@@ -51,7 +51,7 @@ REASONS = {
     "install": "installs a package",
 }
 SHOWN_ONLY = {"text", "csv", "html", ""}
-# The tiny recipe at a size for tests: a few rows, two steps of SFT, one of DPO, two problems.
+# The tiny recipe at a size for tests: a few rows, two steps of SFT, one of DPO, two problems, a part of a look inside.
 SMALL_BASE = ("hidden_size=32", "v_head_dim=16", "num_memory_tokens=4", "num_hidden_layers=2")
 SMALL_BASE += ("global_attn_idx=[0]", "kv_reuse_group=[]")
 SMALL = {
@@ -60,6 +60,7 @@ SMALL = {
     "sft": ("sft.trainer.max_steps=2",),
     "dpo": ("dpo.data.max_rows=16", "dpo.trainer.max_steps=1"),
     "eval": ("eval.limit=2", "eval.max_new_tokens=4"),
+    "inspect": ("inspect.documents=2", "inspect.max_length=96", "inspect.parts=[fusion]"),
 }
 
 
@@ -323,6 +324,9 @@ def made_small(arguments: list[str]) -> list[str]:
         # One process: that several find the same is held by tests/eval/test_processes.py, at 8 s for each of them.
         small = ("limit=2", "max_new_tokens=4", "num_processes=1")
         return [*arguments, *(each for each in small if each.partition("=")[0] not in given)]
+    if arguments[:1] == ["inspect"]:
+        small = {"--documents": "4", "--max-length": "96", "--contexts": "24"}
+        return [*arguments, *(word for name, value in small.items() if name not in given for word in (name, value))]
     if arguments[:1] not in (["run"], ["sft"], ["dpo"]) or "--dry-run" in arguments:
         return arguments
     with contextlib.suppress(click.ClickException, HymbaAlignError):  # the command itself says what is wrong
@@ -343,6 +347,7 @@ def small_settings(recipe: Recipe) -> list[str]:
         "sft": recipe.sft is not None,
         "dpo": recipe.dpo is not None,
         "eval": recipe.eval is not None,
+        "inspect": recipe.inspect is not None,
     }
     return [change for section, changes in SMALL.items() if has[section] for change in changes]
 

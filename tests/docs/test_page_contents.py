@@ -13,7 +13,7 @@ import yaml
 from document_blocks import ROOT, blocks_of, text_of
 from document_runner import TINY, command_lines
 
-from hymba_align import recipe, recipe_eval, recipe_lora
+from hymba_align import recipe, recipe_eval, recipe_inspect, recipe_lora
 from hymba_align.cli import INTERRUPTED
 from hymba_align.errors import HymbaAlignError, Preempted, UsageError
 from hymba_align.memory import Adapters, Engine, Setting, Shape, estimate
@@ -42,6 +42,7 @@ from hymba_align.recipe_eval import (
     Suite,
     Task,
 )
+from hymba_align.recipe_inspect import InspectSection
 from hymba_align.recipe_loading import Section
 from hymba_align.recipe_lora import LoraSection
 from hymba_align.train.settings import DEFAULTS, STAGE_DEFAULTS
@@ -106,6 +107,7 @@ SECTION_TABLES: dict[str, tuple[type[Section], type[Section] | None]] = {
     "eval.gsm8k": (GSM8KSection, None),
     "eval.gpqa": (GPQASection, None),
     "eval.bfcl": (BFCLSection, None),
+    "inspect": (InspectSection, None),
     "launch": (LaunchSection, None),
 }
 
@@ -121,7 +123,7 @@ def sections_of(section: type[Section]) -> set[type[Section]]:
 
 KNOWN_SECTIONS = {
     cls.__name__: cls
-    for module in (recipe, recipe_eval, recipe_lora)
+    for module in (recipe, recipe_eval, recipe_inspect, recipe_lora)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Section)
 }
