@@ -152,6 +152,16 @@ def cache() -> Guard:
     return Guard("the paper's bytes of keys and values at 8,192 tokens, over the cache's", 1.0, ratio)
 
 
+def inspection() -> Guard:
+    import inspect_attention
+
+    def ratio(rounds: int) -> float:
+        found = inspect_attention.compare(2048, "global", 1, torch.get_num_threads())
+        return float(found["dense"][0]["bytes"] / found["blocks"][0]["bytes"])
+
+    return Guard("memory of 2,048 tokens' attention statistics, dense over in blocks", 2.5, ratio)
+
+
 def startup() -> Guard:
     import startup
 
@@ -174,6 +184,7 @@ GUARDS: dict[str, Callable[[], Guard]] = {
     "evaluation": evaluation,
     "row_length": row_length,
     "cache": cache,
+    "inspection": inspection,
     "startup": startup,
 }
 

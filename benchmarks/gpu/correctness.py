@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from typing import Any, TypeAlias
 
 import torch
@@ -17,11 +18,16 @@ from gpu import references
 from gpu.backends import all_of, load, why_not
 from gpu.findings import Finding, failed
 from gpu.sizes import Sizes, tiny_shape
-from hymba_align.model import HymbaConfig, HymbaForCausalLM, SegmentTree
+from hymba_align.inside.attention import measure_attention
+from hymba_align.inside.fusion import measure_fusion
+from hymba_align.inside.rows import Document, pack_rows
+from hymba_align.model import HymbaConfig, HymbaForCausalLM, SegmentTree, without_branch
 from hymba_align.model.decoding import decode
 
 SECTION = "correctness"
 STATE, TAPS, WINDOW, SEQUENCES = 16, 4, 96, 7
+INSPECTED = (40, 25, 9)
+"""Tokens of the documents that a tiny model is looked into with"""
 BOUNDS = {torch.float32: 5e-4, torch.bfloat16: 2e-2}
 """Largest error of a kernel. bfloat16 keeps 8 bits, so that a rounded output alone is off by up to 0.4 %."""
 MODEL_BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
@@ -50,6 +56,7 @@ def run(sizes: Sizes) -> Iterator[Finding]:
                     continue
                 yield from_errors(what, errors, BOUNDS[dtype])
         yield whole_model(sizes, dtype)
+        yield looked_into(sizes, dtype)
     yield same_text(sizes)
 
 
@@ -214,6 +221,34 @@ def whole_model(sizes: Sizes, dtype: torch.dtype) -> Finding:
     found = run_model(model.to(dtype).to(sizes.device), ids.to(sizes.device), tree)
     errors = {name: root_mean_square(found[name], value) for name, value in expected.items()}
     return from_errors(what, errors, MODEL_BOUNDS[dtype])
+
+
+def looked_into(sizes: Sizes, dtype: torch.dtype) -> Finding:
+    """What `inspect` measures of a tiny model on the device against the same in float64 on the CPU."""
+    what = f"attention shares, fusion and a removed branch of a tiny model, {str(dtype).removeprefix('torch.')}"
+    model = tiny_model().eval().to(dtype).to(torch.float64)
+    ids = torch.randint(0, model.config.vocab_size, (sum(INSPECTED),)).tolist()
+    documents = [Document(f"of {length} tokens", tuple(ids[:length]), (True,) * length) for length in INSPECTED]
+    expected = look_into(model, documents)
+    found = look_into(model.to(dtype).to(sizes.device), documents)
+    errors = {name: root_mean_square(found[name], value) for name, value in expected.items()}
+    return from_errors(what, errors, MODEL_BOUNDS[dtype])
+
+
+@torch.no_grad()
+def look_into(model: HymbaForCausalLM, documents: Sequence[Document]) -> dict[str, Tensor]:
+    """Quantities of every layer, and the logits without one branch, in float64 on the CPU."""
+    (row,) = pack_rows(documents, sum(INSPECTED))
+    attention, fusion = measure_attention(model, [row], bos_token_id=None), measure_fusion(model, [row])
+    with without_branch(model, 0, "ssm"):
+        logits = model(input_ids=row.input_ids[None].to(model.device), segments=row.tree).logits
+    heads = [astuple(head) for layer in attention.layers for head in layer.heads]
+    sizes = [(layer.attention.before, layer.ssm.before, layer.ssm_share) for layer in fusion.layers]
+    return {
+        "attention": torch.tensor(heads, dtype=torch.float64),
+        "fusion": torch.tensor(sizes, dtype=torch.float64),
+        "logits without layer 0's SSM heads": logits.to("cpu", torch.float64),
+    }
 
 
 def tiny_model() -> HymbaForCausalLM:
