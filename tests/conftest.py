@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,52 @@ os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "160"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What DeepSpeed compiles on first use. In the folder that all environments of a machine share, each builds it again after
+# another, for a minute, and whoever is killed meanwhile leaves a lock on which all wait for ever.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / "build" / "torch_extensions"))
+
+
+LONGEST = (
+    "train/test_engines.py",
+    "train/test_resume.py",
+    "test_memory.py",
+    "processes/test_slurm.py",
+    "train/test_preemption.py",
+    "docs/test_pages.py",
+    "train/test_guards.py",
+    "train/test_answers.py",
+    "test_secrets.py",
+    "model/test_triton_compiles.py",
+    "train/test_adapter_engines.py",
+    "processes/test_agent.py",
+    "test_road.py",
+    "model/test_triton_scan.py",
+    "train/test_determinism.py",
+    "processes/test_engine_choice.py",
+    "test_kills.py",
+)
+"""Files that take a minute each go first: at the end, one of two workers would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the order within a file."""
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collectstart() -> None:
+    """Nothing to free while half a million objects of libraries and tests are made."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of later collections: trainers ask for several, which were a third of their tests' time."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extension modules report as leaked at exit what was never looked at
 
 
 @pytest.fixture(autouse=True)

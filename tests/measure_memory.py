@@ -1,4 +1,4 @@
-"""Measures the peak memory of two training steps: `measure_memory.py CASES`, in processes that it forks for each case.
+"""Measures the peak memory of training steps: `measure_memory.py CASES`, in processes that it forks for each case.
 
 A case is a configuration and how it is trained. Printed is a list of the bytes that each case added at its peak, in the
 process of its ranks that took most.
@@ -132,7 +132,7 @@ def in_processes(case: dict[str, Any]) -> Iterator[int]:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the parent
             before = status("VmRSS")
             try:
-                train(case, 2)
+                train(case, 1 if "lora" in case else 2)  # the second has the optimizer's state, small for adapters
             except BaseException:
                 import traceback
 

@@ -25,7 +25,10 @@ OF_THE_MOMENT = (
 )
 """What in a result is about a session; `inputs` has the digest of a manifest, which names the session that trained"""
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked from a process that has threads")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="runs are forked from a process that has threads"),
+    pytest.mark.timeout(600),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -399,6 +399,8 @@ def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(checkpoint:
             import sys
 
             torch.set_num_threads(1)  # a fork has none of OpenMP's threads, for which the first product would wait
+            # As a terminal's shell starts it: what a script starts with & ignores Ctrl-C, and so do these tests then.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
             code = main(["chat", str(checkpoint), "--max-new-tokens", "400", "--temperature", "1", "--seed", "1"])
         finally:

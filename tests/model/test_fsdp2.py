@@ -6,16 +6,14 @@ accelerate falls back to plain DDP on a CPU, so the worker calls the function wi
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import TwoProcesses
+
 CASES = (
     "packed row",
     "packed row, recomputed",
@@ -33,16 +31,7 @@ pytestmark = pytest.mark.skipif(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker measured, by case."""
     results = tmp_path_factory.mktemp("fsdp2") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("fsdp2_worker.py")), str(results)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    TwoProcesses(Path(__file__).with_name("fsdp2_worker.py"), results, results.parent).wait(240)
     return dict(json.loads(results.read_text()))
 
 

@@ -37,14 +37,15 @@ def make_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_base: dic
 
     def make(rows: int = 12, *, share_prefix: bool = True, sft: bool = True, **trainer: Any) -> Recipe:
         settings = {"per_device_train_batch_size": 2, "logging_steps": 1, **trainer}
+        unshown = {"samples": {"prompts": 0}, "max_length": 256}  # they take longer than training here
         return Recipe.model_validate(
             {
                 "name": "tiny",
                 "seed": 7,
                 "base": {**small_base, "tokenizer": str(ROOT / small_base["tokenizer"])},
                 "data": {"path": str(ROOT / "data" / "arithmetic" / "train.jsonl"), "max_rows": rows},
-                **({"sft": {"max_length": 256, "trainer": settings}} if sft else {}),
-                "dpo": {"max_length": 256, "share_prefix": share_prefix, "trainer": settings},
+                **({"sft": {**unshown, "trainer": settings}} if sft else {}),
+                "dpo": {**unshown, "share_prefix": share_prefix, "trainer": settings},
             }
         )
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from hymba_align.checkpoint import build_base, load_model
 from hymba_align.data.template import load_tokenizer
 from hymba_align.recipe import BaseSection, Recipe
 from hymba_align.run.metrics import read_metrics
+from tests.forked import TwoProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -93,28 +91,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, deepspeed_file: Any) -> Pa
     tokenizer.save_pretrained(folder / "start")
     together = [job(folder, name, spec, deepspeed_file(folder, spec[2]), 2) for name, spec in JOBS.items()]
     (folder / "jobs.json").write_text(json.dumps(together))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     cache = datasets.config.HF_DATASETS_CACHE
-    with (folder / "launch.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, str(HERE / "adapter_worker.py"), str(folder / "jobs.json")],
-            cwd=folder,
-            env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    both = TwoProcesses(HERE / "adapter_worker.py", folder / "jobs.json", folder)
     try:
         run_job = runpy.run_path(str(HERE / "engine_worker.py"))["run_job"]
         for name, spec in {one_process(name): spec for name, spec in JOBS.items()}.items():
             run_job(job(folder, name, spec, None, 4))
-        code = process.wait(timeout=500)
+        both.wait()
     finally:
         datasets.config.HF_DATASETS_CACHE = cache
-        process.terminate()  # torchrun passes it on to its two
-        process.wait()
-    assert code == 0, (folder / "launch.log").read_text()[-6000:]
+        both.stop()
     return folder
 
 

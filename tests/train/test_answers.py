@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +34,7 @@ from hymba_align.train.saving import checkpoints, last_good_checkpoint
 from hymba_align.train.settings import trainer_settings
 from hymba_align.train.sft import train_sft
 from hymba_align.train.whole_model import whole_model
+from tests.forked import TwoProcesses
 
 if TYPE_CHECKING:
     from hymba_align.model import HymbaForCausalLM
@@ -386,18 +384,7 @@ def together(
         jobs.append({**place, "deepspeed": deepspeed_file(folder, engine)})
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(HERE / "answers_worker.py"), str(file)],
-        cwd=folder,
-        env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    TwoProcesses(HERE / "answers_worker.py", file, folder).wait()
     return folder
 
 

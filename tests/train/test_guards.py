@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from hymba_align.run.metrics import read_metrics
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train import sft as sft_module
 from hymba_align.train.guards import BadBatches, state_is_finite
+from tests.forked import TwoProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 spoiling = runpy.run_path(str(Path(__file__).with_name("spoiling.py")))
@@ -374,16 +372,7 @@ def test_all_processes_of_every_engine_leave_a_batch_out_and_stop_before_the_nex
     """One process meets a bad batch in step 1, the other in step 3; both act, with weights that neither step touched."""
     jobs = write_jobs(small_base, tmp_path, deepspeed_file)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("guard_worker.py")), "jobs.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    TwoProcesses(Path(__file__).with_name("guard_worker.py"), tmp_path / "jobs.json", tmp_path).wait()
     data = str(tmp_path / "marked.jsonl")
     expected = load_file(tmp_path / "ddp" / "checkpoint-2" / "model.safetensors")
     for engine in ENGINES:

@@ -6,9 +6,7 @@ Two processes of a launch train every engine, whole and in two parts; one proces
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 from hymba_align.recipe import Recipe
 from hymba_align.run.manifest import read_manifest
 from hymba_align.run.metrics import read_metrics
+from tests.forked import TwoProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -103,19 +102,7 @@ class Runs:
     def run_in_two_processes(self, jobs: list[dict[str, Any]]) -> None:
         file = self.folder / "jobs.json"
         file.write_text(json.dumps(jobs))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-        done = subprocess.run(
-            [*command, str(HERE / "resume_worker.py"), str(file)],
-            cwd=self.folder,
-            env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        (self.folder / "launch.log").write_text(done.stdout + done.stderr)
-        assert done.returncode == 0, done.stderr[-6000:]
+        TwoProcesses(HERE / "resume_worker.py", file, self.folder).wait()
 
     def losses(self, name: str) -> list[float]:
         return [record["loss"] for record in read_metrics(self.folder / name) if "loss" in record]

@@ -138,7 +138,7 @@ def test_by_default_there_are_four_unless_they_would_cost_a_copy_of_divided_weig
 ) -> None:
     from hymba_align.recipe import AnswersSection
 
-    recipe = validated(answers=AnswersSection(match="number") if answers else None)
+    recipe = validated(samples=None, answers=AnswersSection(match="number") if answers else None)
     recipe = recipe.model_copy(update={"launch": LaunchSection(launcher=launcher, num_processes=1)})
     assert section_of(recipe, "sft").prompts == prompts
     chosen = with_samples(recipe, samples=SamplesSection(prompts=7))
