@@ -7,16 +7,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from hymba_align.inspect_choices import DOCUMENTS, DOMAIN_NAME, MAX_LENGTH, PARTS, Part
 from hymba_align.recipe_eval import Several, Stage, Task
 from hymba_align.recipe_loading import Section
-
-Part = Literal["attention", "importance", "fusion", "meta_tokens", "alignment", "cost"]
-PARTS: tuple[Part, ...] = ("attention", "importance", "fusion", "meta_tokens", "alignment", "cost")
-DOCUMENTS = 32
-"""Which are read by default"""
-MAX_LENGTH = 1024
-"""Of a document, in tokens, by default"""
-DOMAIN_NAME = r"^[A-Za-z0-9][\w-]*$"
 
 
 class InspectSection(Section):

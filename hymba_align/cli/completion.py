@@ -62,7 +62,7 @@ def complete_tasks(context: click.Context, parameter: click.Parameter, incomplet
 
 def complete_parts(context: click.Context, parameter: click.Parameter, incomplete: str) -> Completions:
     """Names of the parts of an inspection, of which several are joined by commas."""
-    from hymba_align.recipe_inspect import PARTS
+    from hymba_align.inspect_choices import PARTS
 
     return _joined(PARTS, incomplete)
 

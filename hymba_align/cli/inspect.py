@@ -12,7 +12,7 @@ import click
 
 from hymba_align.cli.completion import complete_checkpoint, complete_parts, complete_tasks
 from hymba_align.cli.options import json_option, print_json, quiet_libraries
-from hymba_align.recipe_inspect import DOCUMENTS, DOMAIN_NAME, MAX_LENGTH, PARTS
+from hymba_align.inspect_choices import DOCUMENTS, DOMAIN_NAME, MAX_LENGTH, PARTS
 
 if TYPE_CHECKING:
     from hymba_align.inside.result import Inspection

@@ -19,9 +19,9 @@ from hymba_align.inside.result import (
     Fusion,
     Inspection,
     MetaTokens,
-    Part,
 )
 from hymba_align.inside.wording import count, layers, listed, number, percent, ranges
+from hymba_align.inspect_choices import Part
 
 SPELLED = 2.0
 """Characters per token below which most tokens of a text are single characters"""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from hymba_align.eval.run import hardware
 from hymba_align.inside.output import check_output, write
 from hymba_align.inside.result import (
-    PARTS,
     Alignment,
     Attention,
     Cost,
@@ -21,10 +20,10 @@ from hymba_align.inside.result import (
     Importance,
     Inspection,
     MetaTokens,
-    Part,
 )
 from hymba_align.inside.rows import Row, pack_rows
 from hymba_align.inside.settings import Inputs, InspectSettings, read_inputs
+from hymba_align.inspect_choices import PARTS, Part
 from hymba_align.processes.launch import free_gpu_memory
 from hymba_align.progress import Display
 

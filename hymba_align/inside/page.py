@@ -18,9 +18,10 @@ from hymba_align.inside.evidence import ERROR_RATE, FEWEST
 from hymba_align.inside.findings_training import NOTICED
 from hymba_align.inside.page_tables import Table, tables
 from hymba_align.inside.plots import Plot
-from hymba_align.inside.result import PARTS, Finding, Inspection, Part
+from hymba_align.inside.result import Finding, Inspection
 from hymba_align.inside.summary import summary
 from hymba_align.inside.wording import PART_NAMES, listed
+from hymba_align.inspect_choices import PARTS, Part
 
 PAGE = Path(__file__).with_name("inspect.html.jinja")
 STYLE = Path(__file__).with_name("inspect.css")

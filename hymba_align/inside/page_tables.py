@@ -18,10 +18,10 @@ from hymba_align.inside.result import (
     Measured,
     MetaTokens,
     Pairs,
-    Part,
     Shares,
 )
 from hymba_align.inside.wording import count, number, percent, signed, size_in_bytes, with_error
+from hymba_align.inspect_choices import Part
 
 
 @dataclass(frozen=True)

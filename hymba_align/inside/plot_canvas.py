@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from hymba_align.eval.report.words import seen
-from hymba_align.inside.result import Part
 from hymba_align.inside.wording import number, significant
+from hymba_align.inspect_choices import Part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hymba_align.inspect_choices import Part
+
 Branch = Literal["attention", "ssm"]
-Part = Literal["attention", "importance", "fusion", "meta_tokens", "alignment", "cost"]
-PARTS: tuple[Part, ...] = ("attention", "importance", "fusion", "meta_tokens", "alignment", "cost")
 
 
 @dataclass(frozen=True)

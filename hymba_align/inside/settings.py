@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_align.errors import CheckpointError, DataError, DataFileError, RecipeError, TokenizerError, UsageError
-from hymba_align.inside.result import PARTS, Part
 from hymba_align.inside.rows import Document
+from hymba_align.inspect_choices import DOCUMENTS, MAX_LENGTH, PARTS, Part
 from hymba_align.recipe import DataSection, Recipe, is_local_path
-from hymba_align.recipe_inspect import DOCUMENTS, MAX_LENGTH
 from hymba_align.recipe_loading import load_section
 
 if TYPE_CHECKING:

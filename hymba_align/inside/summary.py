@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from hymba_align.inside.evidence import of_problems
 from hymba_align.inside.findings_training import moved_parts, speed_of, typical_movement
-from hymba_align.inside.result import PARTS, Alignment, Cost, Finding, Importance, Inspection
+from hymba_align.inside.result import Alignment, Cost, Finding, Importance, Inspection
 from hymba_align.inside.wording import count, number, percent, signed, size_in_bytes, with_error
+from hymba_align.inspect_choices import PARTS
 
 MOST_FINDINGS = 7
 HEAD = ("what", "measured")

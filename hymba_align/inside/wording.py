@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from hymba_align.inside.result import Measured, Part
+from hymba_align.inside.result import Measured
+from hymba_align.inspect_choices import Part
 
 MOST_DECIMALS = 6
 PART_NAMES: dict[Part, str] = {

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from hymba_align import recipe_inspect
 from hymba_align.checkpoint import load_model
 from hymba_align.cli import main
 from hymba_align.data.template import load_tokenizer
@@ -22,6 +21,7 @@ from hymba_align.inside.rows import pack_rows
 from hymba_align.inside.settings import trained_on
 from hymba_align.inside.stored import read
 from hymba_align.inside.texts import read_texts
+from hymba_align.inspect_choices import PARTS
 from hymba_align.model import HymbaConfig
 from hymba_align.plan_inspection import keys_of_run
 from hymba_align.recipe import DataSection
@@ -40,10 +40,6 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name for path in found if not (name := path.relative_to(folder).as_posix()).startswith("."))
 
 
-def test_parts_are_the_same_in_recipes_and_in_results() -> None:
-    assert recipe_inspect.PARTS == result.PARTS
-
-
 def test_all_parts_are_measured_and_written_as_page_numbers_and_plots(
     checkpoint: Path, earlier: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +52,7 @@ def test_all_parts_are_measured_and_written_as_page_numbers_and_plots(
     told = json.loads(capfd.readouterr().out)
     found = read(out / "inspect.json")
     assert found.left_out == {}
-    assert list(found.seconds) == list(result.PARTS)
+    assert list(found.seconds) == list(PARTS)
     assert (found.documents, len(found.importance), found.dtype, found.device) == (3, 1, "float32", "cpu")
     assert found.alignment is not None
     assert found.alignment.pairs is not None
