@@ -219,6 +219,7 @@ def test_a_module_that_stands_in_for_an_installed_one_is_named_by_the_file_that_
 ) -> None:
     (tmp_path / "yaml.py").write_text("def safe_load(row):\n    return None\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hymba_align.data.reading.converters._named", set())  # another test may have had it named
 
     loaded = load_converter("yaml:safe_load")
 
