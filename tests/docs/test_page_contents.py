@@ -317,6 +317,22 @@ def test_scores_the_standard_errors_are_those_of_that_many_problems_at_half() ->
     assert [float(points) for points in said.groups()] == [round(50 / (n - 1) ** 0.5, 1) for n in (100, 448, 1319)]
 
 
+# ---- docs/inside.md -------------------------------------------------------------------------------------------------
+
+
+def test_inside_decoding_at_the_real_shape_is_the_committed_table() -> None:
+    table = (ROOT / "benchmarks/inspect_cost.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"^\| 1\.5B, bfloat16 \| ([\d,]+) .* ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|$", table, flags=re.MULTILINE
+    )
+    ratios = {context: ratio for context, ratio, *_ in found}
+    low, high = next(bounds for context, _, *bounds in found if context == "8,192")
+    assert (
+        f"decoded at 8,192 tokens {ratios['8,192']} times as slowly ({low} to {high} over 5 rounds), "
+        f"at 2,048 tokens {ratios['2,048']} times, at 512 tokens {ratios['512']} times"
+    ) in " ".join(text_of("docs/inside.md").split())
+
+
 # ---- docs/performance.md --------------------------------------------------------------------------------------------
 
 
