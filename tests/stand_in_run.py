@@ -22,6 +22,7 @@ from kill_points import SYNC, file_operations, in_child, killed_at
 import hymba_align.eval
 import hymba_align.pipeline as pipeline
 import hymba_align.run.folder as run_folder
+from hymba_align import stage_training
 from hymba_align.errors import HymbaAlignError
 from hymba_align.eval.result import Score, TaskResult
 from hymba_align.files import write_text
@@ -125,7 +126,7 @@ def scenario(folder: Path, name: str) -> tuple[Callable[[], None], Callable[[], 
         run(1e-4)()
 
     def run_halfway() -> None:
-        steps, pipeline_train = STEPS, pipeline._call_trainer
+        steps, pipeline_train = STEPS, stage_training._call_trainer
 
         def stopped(recipe: Recipe, folder: Any, stage: str, start: str | None) -> dict[str, float]:
             if stage == "dpo":
@@ -135,11 +136,11 @@ def scenario(folder: Path, name: str) -> tuple[Callable[[], None], Callable[[], 
                 raise HymbaAlignError("stopped")
             return pipeline_train(recipe, folder, stage, start)
 
-        pipeline._call_trainer = stopped
+        stage_training._call_trainer = stopped
         try:
             run(1e-3)()
         except HymbaAlignError:
-            globals()["STEPS"], pipeline._call_trainer = steps, pipeline_train
+            globals()["STEPS"], stage_training._call_trainer = steps, pipeline_train
 
     return {
         "from nothing": (lambda: None, run(1e-3)),
@@ -164,7 +165,7 @@ def main() -> None:
     folder, name, every = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
     run_folder.environment = dict  # starts git
     pipeline.check_inputs = lambda recipe, *_, **__: check_run_folder(recipe) or {}
-    pipeline._call_trainer = train
+    stage_training._call_trainer = train
     hymba_align.eval.evaluate = score
     os.mkdir(folder / "imports")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,7 @@
-"""What an inspection measured, as inspect.json holds it.
+"""What an inspection measured, as inspect.json holds it: its parts from three files, by one name.
+
+The heads' part is in result_heads.py, what lies between two checkpoints in result_training.py; meta tokens, costs and the
+whole are here.
 
 Every part may be None: not asked for, or not possible with what was given. Losses, entropies and divergences are in
 nats. `stderr` is the standard error of a mean over documents (or answers, or pairs); None with fewer than two of them.
@@ -7,171 +10,63 @@ nats. `stderr` is the standard error of a mean over documents (or answers, or pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from hymba_align.inside.result_heads import (
+    Attention,
+    AttentionMap,
+    Branch,
+    BranchSize,
+    Fusion,
+    Importance,
+    LayerAttention,
+    LayerFusion,
+    LayerImportance,
+    Measured,
+    Removal,
+    Shares,
+)
+from hymba_align.inside.result_training import (
+    Alignment,
+    Divergence,
+    PairChange,
+    Pairs,
+    PairText,
+    Shift,
+    WeightMovement,
+)
 from hymba_align.inspect_choices import Part
 
-Branch = Literal["attention", "ssm"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A mean and how well it is known."""
-
-    mean: float
-    stderr: float | None = None
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Where the attention of text tokens goes; the four shares add up to 1. Source: Hymba (arXiv 2411.13676), its attention map
-    categories."""
-
-    meta: float
-    """on meta tokens"""
-    bos: float
-    """on the document's first token where that is `<s>`, from other tokens"""
-    self: float
-    """on the token itself"""
-    cross: float
-    """on other tokens"""
-    entropy: float
-    """of a token's attention, mean"""
-    even_entropy: float
-    """what it would be if a token attended evenly to all that it sees, mean"""
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """The attention of one layer."""
-
-    layer: int
-    is_global: bool
-    kv_source: int
-    """Layer whose keys and values it reads"""
-    mean: Shares
-    heads: tuple[Shares, ...]
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Attention of one layer within the beginning of one document, mean over its heads."""
-
-    layer: int
-    is_global: bool
-    document: str
-    queries: tuple[str, ...]
-    """The text's tokens, as they read"""
-    meta: tuple[float, ...]
-    """(M,) mass on each meta token, mean over the queries"""
-    weights: tuple[tuple[float, ...], ...]
-    """(Q, 1 + Q) mass of each query on all meta tokens together, then on each text token; rows add up to 1"""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention of all layers."""
-
-    tokens: int
-    """Text tokens whose attention was averaged"""
-    documents: int
-    longest: int
-    """Tokens of the longest document"""
-    documents_with_bos: int
-    """Documents that begin with `<s>`; without any, `bos` is 0 because there is none"""
-    all_layers: Shares
-    global_layers: Shares | None
-    local_layers: Shares | None
-    layers: tuple[LayerAttention, ...]
-    maps: tuple[AttentionMap, ...] = ()
-
-
-# ---- importance ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Removal:
-    """The score of a model without one branch of one layer."""
-
-    score: float
-    change: Measured
-    """Score minus the whole model's, over the same documents or problems"""
-
-
-@dataclass(frozen=True)
-class LayerImportance:
-    """What a layer's two branches are worth."""
-
-    layer: int
-    is_global: bool
-    attention: Removal
-    ssm: Removal
-    difference: Measured
-    """Change without the SSM heads minus change without the attention heads"""
-
-
-@dataclass(frozen=True)
-class Importance:
-    """A score with each branch of each layer removed. Source: Hymba, head importance
-    analysis."""
-
-    metric: str
-    """"loss", or a task's name"""
-    unit: str
-    """"nats per token", or "% correct" """
-    lower_is_better: bool
-    whole: Measured
-    """Score of the whole model"""
-    chance: float | None
-    """Score of who knows nothing: log of the vocabulary for the loss; None for a task"""
-    n: int
-    """Tokens under the loss, or problems"""
-    documents: int
-    """Documents, or problems"""
-    layers: tuple[LayerImportance, ...]
-
-
-# ---- fusion ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BranchSize:
-    """One branch at the fusion: root mean square per channel, mean over text tokens."""
-
-    before: float
-    """of what the branch computed"""
-    after: float
-    """behind its norm and learned scale, as it enters the mean"""
-    scale: float
-    """Root mean square of the learned scale. Source: Hymba, equation 3 (beta)"""
-    scale_min: float
-    scale_max: float
-
-
-@dataclass(frozen=True)
-class LayerFusion:
-    """How a layer joins its branches."""
-
-    layer: int
-    is_global: bool
-    attention: BranchSize
-    ssm: BranchSize
-    cosine: float
-    """between both branches behind their norms, mean over text tokens"""
-    ssm_share: float
-    """of the SSM branch in the squared size of both behind their norms, mean over text tokens"""
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """The fusion of all layers."""
-
-    tokens: int
-    layers: tuple[LayerFusion, ...]
-
+__all__ = [
+    "Alignment",
+    "Attention",
+    "AttentionMap",
+    "Branch",
+    "BranchSize",
+    "CacheCost",
+    "Cost",
+    "DecodeCost",
+    "Divergence",
+    "DomainAttention",
+    "Finding",
+    "Fusion",
+    "Importance",
+    "Inspection",
+    "LayerAttention",
+    "LayerFusion",
+    "LayerImportance",
+    "Measured",
+    "MetaMovement",
+    "MetaTokens",
+    "PairChange",
+    "PairText",
+    "Pairs",
+    "Preference",
+    "Removal",
+    "Shares",
+    "Shift",
+    "Transformer",
+    "WeightMovement",
+]
 
 # ---- meta tokens -----------------------------------------------------------------------------------------------------
 
@@ -246,137 +141,6 @@ class MetaTokens:
     """How many tokens of each text count, from its first: all domains are seen over the same distances from the meta tokens"""
     cut_by: str = ""
     """The domain whose median length that is; empty without domains"""
-
-
-# ---- alignment -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WeightMovement:
-    """How far training moved one part of the weights."""
-
-    layer: int | None
-    """None for what belongs to no layer"""
-    part: str
-    """attention, ssm, fusion, mlp, norms; embeddings, meta tokens, final norm"""
-    parameters: int
-    distance: float
-    """Frobenius norm of the difference"""
-    relative: float
-    """divided by the norm before"""
-    share: float
-    """of the squared distance of all weights"""
-
-
-@dataclass(frozen=True)
-class PairChange:
-    """One pair of answers, before and after; log-probabilities of whole answers and their tokens."""
-
-    name: str
-    chosen_tokens: int
-    rejected_tokens: int
-    chosen_before: float
-    chosen_after: float
-    rejected_before: float
-    rejected_after: float
-
-
-@dataclass(frozen=True)
-class PairText:
-    """A pair as it reads, to see what was compared."""
-
-    name: str
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What became of chosen and rejected answers."""
-
-    source: str
-    pairs: tuple[PairChange, ...]
-    chosen_change: Measured
-    """per token"""
-    rejected_change: Measured
-    """per token"""
-    margin_change: Measured
-    """of log-probability(chosen) - log-probability(rejected), whole answers"""
-    preferred_before: float
-    """Share of pairs whose chosen answer was the likelier one"""
-    preferred_after: float
-    chosen_fell: float
-    """Share of pairs whose chosen answer became less likely"""
-    made_rejected: int = 0
-    """Pairs whose rejected answer was made from the right one, as for DPO, because the row has none"""
-    examples: tuple[PairText, ...] = ()
-    """The first few of the pairs"""
-
-
-@dataclass(frozen=True)
-class Shift:
-    """A token at which both models differ much."""
-
-    document: str
-    before: str
-    """The text that leads up to it"""
-    token: str
-    """What stands there"""
-    kl: float
-    was_likeliest: str
-    is_likeliest: str
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far the next-token distributions have moved over held-out data."""
-
-    source: str
-    documents: int
-    tokens: int
-    kl: Measured
-    """KL(checkpoint || against) per token"""
-    reverse_kl: Measured
-    """KL(against || checkpoint) per token"""
-    loss_before: Measured
-    loss_after: Measured
-    entropy_before: Measured
-    entropy_after: Measured
-    same_likeliest: float
-    """Share of tokens at which the likeliest token is the same"""
-    by_position: tuple[tuple[int, int, float], ...]
-    """(first, last position in the document, mean KL)"""
-    largest: tuple[Shift, ...]
-    loss_change: Measured | None = None
-    """After minus before, paired over documents"""
-    entropy_change: Measured | None = None
-    """After minus before, paired over documents"""
-    kl_growth: Measured | None = None
-    """KL per token in a document's second half minus that in its first, over the documents that have two halves"""
-    halved_documents: int = 0
-    """Documents with two scored tokens or more"""
-    end_change: Measured | None = None
-    """Log-probability of the end token where an answer ends, after minus before; None where no document has one"""
-    ended_documents: int = 0
-    """Documents in which an answer ends"""
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """What lies between two checkpoints."""
-
-    against: str
-    weights: tuple[WeightMovement, ...]
-    whole: WeightMovement
-    """All weights together"""
-    attention_before: Attention | None
-    pairs: Pairs | None
-    divergence: Divergence | None
-    attention_after: Attention | None = None
-    """Computed as `attention_before` was; None where `Inspection.attention` was too"""
-    dtype: str = "float32"
-    """In which both models were computed here, and their weights compared"""
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
@@ -479,7 +243,7 @@ class Inspection:
     created: str
     """UTC, ISO 8601"""
     data: str
-    """What was read, in words"""
+    """What was read, in a line of words; below it one for each reason why rows are left out"""
     documents: int
     tokens: int
     shape: dict[str, int | str | bool]

@@ -41,7 +41,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
-        return f"flash-attn does not load ({error}): pip install --no-build-isolation 'hymba-align[cuda]'"
+        return f"flash-attn does not load ({error}); in the clone: pip install --no-build-isolation -e '.[cuda]'"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "flash-attn needs a GPU of compute capability 8.0 or above: choose attention=flex"
     return flex_unavailable(device, dtype)  # local layers need it

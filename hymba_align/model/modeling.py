@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hymba_align.model.cache import HymbaCache, LayerUpdate
+from hymba_align.model.cached_rows import obstacle_to_caching, paths_to_cache
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.layers import (
     HymbaConv,
@@ -137,16 +138,8 @@ class HymbaModel(HymbaPreTrainedModel):
         Raises:
             ValueError: inputs that contradict each other; the message names the value.
         """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("Hymba takes input_ids or inputs_embeds, exactly one of them")
-        if output_attentions:
-            raise ValueError("Hymba returns no attention weights; leave output_attentions off")
+        given = _given(input_ids, inputs_embeds, past_key_values, output_attentions)
         batch, columns = given.shape[:2]
-        if past_key_values is not None and not isinstance(past_key_values, HymbaCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; Hymba continues a HymbaCache only"
-            )
         continues = past_key_values is not None and past_key_values.is_initialized
         layout = lay_out(
             batch,
@@ -159,8 +152,8 @@ class HymbaModel(HymbaPreTrainedModel):
             segments=segments,
             shared_prefix_lengths=shared_prefix_lengths,
         )
-        paths = _paths_to_cache(layout, cache_segments)
-        obstacle = _obstacle_to_caching(layout, batch, past_key_values, shared_prefix_lengths, paths)
+        paths = paths_to_cache(layout, cache_segments)
+        obstacle = obstacle_to_caching(layout, batch, past_key_values, shared_prefix_lengths, paths)
         cache = self._choose_cache(past_key_values, use_cache, obstacle, by_default=paths is None)
         # As a batch, because NEFTune's hook reads (B, T, D); without a name, so that it is free before the layers start.
         x_LD = layout.pack(self.embed_tokens(given) if inputs_embeds is None else given)
@@ -241,42 +234,18 @@ class HymbaModel(HymbaPreTrainedModel):
         return x_LD, updates
 
 
-def _obstacle_to_caching(
-    layout: Layout,
-    batch: int,
-    past: HymbaCache | None,
-    shared_prefix_lengths: Tensor | None,
-    paths: Tensor | None,
-) -> str | None:
-    """Why the rows of a batch cannot start or continue a cache, if they cannot."""
-    if shared_prefix_lengths is not None:
-        return "a cache holds whole sequences; pass use_cache=False and no past_key_values with shared_prefix_lengths"
-    if past is not None and past.is_initialized:
-        if paths is not None:
-            if len(past.lengths) != 1:
-                return f"the cache holds {len(past.lengths)} sequences; a packed row or a tree can only continue a cache of one"
-        elif len(past.lengths) != batch:
-            return f"the cache holds {len(past.lengths)} sequences but the batch has {batch} rows"
-    elif missing := set(range(batch)) - set(layout.rows_S.tolist()):
-        return f"attention_mask has no real token in row {min(missing)}; every sequence needs one to start a cache"
-    return None
-
-
-def _paths_to_cache(layout: Layout, cache_segments: Tensor | None) -> Tensor | None:
-    """The segments that end the cache's rows, for packed rows and trees; None where each batch row is one sequence."""
-    if cache_segments is None:
-        if len(set(layout.rows_S.tolist())) == len(layout.rows_S):
-            return None
-        inner = torch.zeros(layout.tree.num_segments, dtype=torch.bool)
-        inner[layout.tree.parents[layout.tree.parents != ROOT]] = True
-        return (~inner).nonzero().flatten()
-    ends = cache_segments.detach().cpu()
-    segments = layout.tree.num_segments
-    if ends.ndim != 1 or not len(ends) or int(ends.min()) < 0 or int(ends.max()) >= segments:
-        raise ValueError(
-            f"cache_segments is {ends.tolist()}; it lists one or more of the row's segments, 0 to {segments - 1}"
-        )
-    return ends
+def _given(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, past: HymbaCache | None, output_attentions: bool | None
+) -> Tensor:
+    """The token ids, or the embeddings in their place, after what Hymba does not take was refused."""
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Hymba takes input_ids or inputs_embeds, exactly one of them")
+    if output_attentions:
+        raise ValueError("Hymba returns no attention weights; leave output_attentions off")
+    if past is not None and not isinstance(past, HymbaCache):
+        raise ValueError(f"past_key_values is a {type(past).__name__}; Hymba continues a HymbaCache only")
+    return given
 
 
 def _last_columns(attention_mask: Tensor | None, columns: int) -> Tensor | None:
@@ -335,17 +304,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         """
         num_items = kwargs.pop("num_items_in_batch", None)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        if labels is not None and not isinstance(keep, int):
-            raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
-        tokens = inputs_embeds if input_ids is None else input_ids
-        if labels is not None and tokens is not None and labels.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} but the input has {tuple(tokens.shape[:2])}; give one per token"
-            )
         if labels is None and not return_logits:
             raise ValueError("return_logits is False but there are no labels; without both there is nothing to compute")
         scored = None
         if labels is not None:
+            _check_labels(labels, inputs_embeds if input_ids is None else input_ids, keep)
             documents = lay_out(
                 *labels.shape,
                 attention_mask=_last_columns(attention_mask, labels.shape[1]),
@@ -373,20 +336,25 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         if return_logits:
             logits = self.lm_head(hidden_BTD if isinstance(keep, int) else hidden_BTD[:, keep])
         if scored is not None:
-            predicting, targets = scored
-            if logits is None:
-                loss = self._summed_loss(hidden_BTD[0], targets) / (len(targets) if num_items is None else num_items)
-            else:
-                loss = self.loss_function(
-                    take_rows(logits.flatten(0, 1), predicting.to(logits.device)),
-                    labels=None,
-                    shift_labels=targets,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items,
-                )
+            loss = self._loss(hidden_BTD, logits, *scored, num_items)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _loss(
+        self, hidden_BTD: Tensor, logits: Tensor | None, predicting: Tensor, targets: Tensor, num_items: Any
+    ) -> Tensor:
+        """The mean over the targets, or their sum over `num_items`; without logits, `hidden_BTD` is (1, n, D) of what predicts."""
+        if logits is None:
+            return self._summed_loss(hidden_BTD[0], targets) / (len(targets) if num_items is None else num_items)
+        loss: Tensor = self.loss_function(
+            take_rows(logits.flatten(0, 1), predicting.to(logits.device)),
+            labels=None,
+            shift_labels=targets,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items,
+        )
+        return loss
 
     def _summed_loss(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
         """Summed loss in float32, from one tile of logits at a time.
@@ -411,6 +379,15 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HymbaCache(self.config)
+
+
+def _check_labels(labels: Tensor, given: Tensor | None, keep: Any) -> None:
+    if not isinstance(keep, int):
+        raise ValueError("labels need the logits of every column; leave logits_to_keep at 0")
+    if given is not None and labels.shape != given.shape[:2]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} but the input has {tuple(given.shape[:2])}; give one per token"
+        )
 
 
 def _next_token_pairs(layout: Layout, labels: Tensor) -> tuple[Tensor, Tensor]:

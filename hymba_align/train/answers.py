@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hymba_align.data.hymba_format import HEADER
 from hymba_align.model.decoding import decode
 from hymba_align.recipe import AnswersSection, Recipe, TrainingStage
+from hymba_align.terminal import print_words
 from hymba_align.train.problems import Matcher, Problem, choose_for, text_of
 from hymba_align.train.samples import Sample, SamplesFile, TakesSamples, choose_samples, section_of
 from hymba_align.train.settings import stage_section
@@ -150,10 +151,9 @@ class AnswersProblems(Base):
             self._load_best_model()
         if self.is_world_process_zero():
             assert self.state.best_metric is not None, "a best step has a score"
-            print(
+            print_words(
                 f"final/ gets the weights of step {final_step(self)} of {self.state.global_step}, with "
-                f"{100 * self.state.best_metric:.1f} % right answers",
-                flush=True,
+                f"{100 * self.state.best_metric:.1f} % right answers"
             )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from hymba_align.errors import RecipeError
 from hymba_align.recipe import DataSection, Recipe
+from hymba_align.terminal import print_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,14 +115,14 @@ def prepare_once(
     if arguments.world_size == 1 or streaming:
         prepared = prepare()
         if arguments.process_index == 0:
-            print(prepared.summary(), flush=True)
+            print_words(prepared.summary())
         return prepared
     folder = stage_dir / SHARED_DATASET
     shared: list[Any] = [None]
     if arguments.process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)
         prepared = prepare()
-        print(prepared.summary(), flush=True)
+        print_words(prepared.summary())
         sides = {"dataset": prepared.dataset, "validation": prepared.validation}
         for name, side in sides.items():
             if side is not None:
@@ -168,8 +169,8 @@ def record_data(
     record = {"sources": sources, "validation": validation, "packing": report}
     write_json(stage_dir / DATA_RECORD, {**record, "rows": vars(rows)} if rows is not None else record)
     for source in prepared.counted() if prepared.streams else ():
-        print(f"{source.name}: {source.summary()}", flush=True)
+        print_words(source.summary())
     if packing is not None:
-        print("packing: " + "; ".join(packing.lines()[:2]), flush=True)
+        print_words("packing: " + "; ".join(packing.lines()[:2]))
     if rows is not None:
-        print(rows.line(), flush=True)
+        print_words(rows.line())

@@ -23,6 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from hymba_align.progress import Display
+from hymba_align.terminal import print_words
 from hymba_align.train.preference_rows import (
     IDS,
     LENGTH,
@@ -170,7 +171,7 @@ class HymbaDPOTrainer(ValidatesEveryRow, StageTrainer, DPOTrainer):
             key, len(dataset), lambda: self._reference_logps(dataset, name, batch_size), is_main=is_main
         )
         if is_main:
-            print(f"reference log-probabilities: {told}", flush=True)
+            print_words(f"reference log-probabilities: {told}")
         for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), logps.T, strict=True):
             dataset = dataset.add_column(column, values)
         return dataset

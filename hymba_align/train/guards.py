@@ -9,23 +9,30 @@ a word.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hymba_align import progress
 from hymba_align.data.packing import PLACE, PLACES
-from hymba_align.errors import DivergedError, HymbaAlignError, OutOfMemoryError
-from hymba_align.files import read_json, write_json
+from hymba_align.errors import DivergedError, OutOfMemoryError
 from hymba_align.recipe import GuardSection, TrainingStage
 from hymba_align.run.metrics import append_metrics
+from hymba_align.train.bad_batches import (
+    BAD_BATCH,
+    BadBatches,
+    count,
+    first_of,
+    number_or_word,
+    rows_of,
+    what_is_wrong,
+)
 from hymba_align.train.out_of_memory import describe, is_out_of_memory
+from hymba_align.train.random_states import random_states, set_random_states
 from hymba_align.train.spikes import SpikeWatch
 
 if TYPE_CHECKING:
@@ -34,37 +41,6 @@ if TYPE_CHECKING:
     Base = Trainer
 else:
     Base = object
-
-BAD_BATCH = "bad_batch.json"
-ROWS_IN_MESSAGE = 3
-
-
-@dataclass
-class BadBatches:
-    """A stage's bad_batch.json: the batch that stopped it, if one did, and those that were left out.
-
-    Losses and norms that JSON has no number for are the words `nan` and `inf`.
-    """
-
-    path: Path
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    stopped: dict[str, Any] | None = None
-
-    @classmethod
-    def until(cls, path: Path, step: int) -> BadBatches:
-        """What was left out up to `step`, at which training goes on; later steps happen again."""
-        try:
-            known = read_json(path)["skipped"] if path.is_file() else []
-        except (ValueError, KeyError) as error:
-            raise HymbaAlignError(f"{path} is not what training wrote ({error}); remove it") from error
-        return cls(path, [record for record in known if record["step"] <= step])
-
-    def write(self) -> None:
-        """Writes the file; removes it where there is nothing to say."""
-        if self.stopped is None and not self.skipped:
-            self.path.unlink(missing_ok=True)
-        else:
-            write_json(self.path, {"stopped": self.stopped, "skipped": self.skipped})
 
 
 @dataclass
@@ -351,46 +327,6 @@ class GuardsBatches(Base):
         )
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def number_or_word(value: float) -> float | str:
-    """The number, or a word where JSON has none for it."""
-    return value if math.isfinite(value) else str(value)
-
-
-def what_is_wrong(record: dict[str, Any]) -> str:
-    """For instance `whose loss is nan in micro-batch 2 of process 0`."""
-    bad = [batch for batch in record["batches"] if not batch["finite"]]
-    if not bad:
-        return f"whose gradient has the norm {record['gradient_norm']}"
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"whose loss is {bad[0]['loss']} in micro-batch {bad[0]['micro_batch']} of process {bad[0]['process']}{more}"
-
-
-def rows_of(record: dict[str, Any], *, only_bad: bool = False) -> list[str]:
-    """Places of the rows of the step; of its micro-batches with such a loss only, where that is asked and there are any."""
-    batches = record["batches"]
-    if only_bad:
-        batches = [batch for batch in batches if not batch["finite"]] or batches
-    return list(dict.fromkeys(row for batch in batches for row in batch["rows"]))
-
-
-def count(rows: list[str]) -> str:
-    """How many rows, in words: `1 row`, `2,000 rows`."""
-    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}"
-
-
-def first_of(rows: list[str]) -> str:
-    """The first few places, and how many more there are."""
-    shown = ", ".join(rows[:ROWS_IN_MESSAGE])
-    more = len(rows) - ROWS_IN_MESSAGE
-    return f"{shown} and {more:,} more row{'' if more == 1 else 's'}" if more > 0 else shown
-
-
-# ---- state -----------------------------------------------------------------------------------------------------------
-
-
 def state_is_finite(model: nn.Module, optimizer: Any) -> bool:
     """Whether this process's part of weights and optimizer state holds no NaN and no infinity."""
     tensors: list[Tensor] = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
@@ -402,45 +338,3 @@ def state_is_finite(model: nn.Module, optimizer: Any) -> bool:
         for local in (tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach(),)
         if local.is_floating_point()
     )
-
-
-def random_states() -> dict[str, Any]:
-    """The states that transformers saves beside a checkpoint; reading them waits for no device."""
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.random.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Puts the states back."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.random.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.random.set_rng_state(states["cuda"])
-
-
-class NamesRows:
-    """A collator whose batches say where their rows were read, under `places`, beside what another one collates."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; `places` is a list over all documents, missing where rows have none."""
-        batch: dict[str, Any] = self.collator(examples)
-        places = places_of(examples)
-        return {**batch, PLACES: places} if places else batch
-
-
-def places_of(examples: list[dict[str, Any]]) -> list[str]:
-    """Places of packed rows' documents, or of rows that are a document or pair each."""
-    found: list[str] = []
-    for example in examples:
-        found += example[PLACES] if PLACES in example else [example[PLACE]] if PLACE in example else []
-    return found

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hymba_align.errors import Preempted
 from hymba_align.processes import signals
-from hymba_align.train.guards import set_random_states
+from hymba_align.train.random_states import set_random_states
 
 
 class Preemption(TrainerCallback):

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hymba_align.data.packing import PLACE, PLACES
-from hymba_align.train.guards import places_of
+from hymba_align.train.row_places import places_of
 
 Pair = dict[str, Any]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")

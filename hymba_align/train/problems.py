@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hymba_align.data.rendering import render
 from hymba_align.errors import DataError
 from hymba_align.recipe import AnswersSection, TrainingStage
+from hymba_align.terminal import print_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,7 +109,7 @@ def choose_for(
     problems = choose_problems(prepared.validation, tokenizer, section, matcher, stage)
     if arguments.process_index == 0:
         held_out = f"{len(prepared.validation):,} held-out conversations"
-        print(f"answers: {len(problems):,} problems of {held_out}, at every validation", flush=True)
+        print_words(f"answers: {len(problems):,} problems of {held_out}, at every validation")
     return problems, matcher
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_align.data.inspection.preview import first_words, visible
+from hymba_align.data.inspection.preview import first_words, last_question, visible
 from hymba_align.processes.engines import requested_engine
 from hymba_align.recipe import Recipe, SamplesSection, TrainingStage
 from hymba_align.run.metrics import SAMPLES_FILE, append_metrics, read_metrics, rewrite_metrics
@@ -102,7 +102,7 @@ def choose_samples(
 
 def in_a_line(sample: Sample) -> str:
     """The sample in short, with what would act on a terminal made visible."""
-    prompt, text, reference = (shortened(one) for one in (sample.prompt, sample.text, sample.reference))
+    prompt, text, reference = (shortened(one) for one in (last_question(sample.prompt), sample.text, sample.reference))
     cut_off = " (cut off)" if sample.cut_off else ""
     return f"{prompt} -> {text or '(nothing)'}{cut_off}   [reference: {reference}]"
 

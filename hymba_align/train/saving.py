@@ -15,7 +15,6 @@ import contextlib
 import pickle
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import nn
 from hymba_align.errors import HymbaAlignError, WeightsError
 from hymba_align.files import read_json, sync_folder
 from hymba_align.run.manifest import MANIFEST, check_whole, find_damage, read_manifest, seal
+from hymba_align.terminal import print_words
 from hymba_align.train.engine import running_engine
 from hymba_align.train.optimizer_state import OPTIMIZER_FILE, gather_state, load_state, load_weights
 
@@ -62,7 +62,7 @@ def last_good_checkpoint(stage_dir: Path) -> Path | None:
         problem = find_problem(path, stage_inputs(stage_dir))
         if problem is None:
             return path
-        print(f"{path} is passed over: {problem}", file=sys.stderr, flush=True)
+        print_words(f"{path} is passed over: {problem}", stderr=True)
     return None
 
 

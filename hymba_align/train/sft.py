@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 import torch
@@ -27,12 +27,15 @@ from hymba_align.train.common import (
     quiet_libraries,
     record_data,
 )
-from hymba_align.train.guards import NamesRows
 from hymba_align.train.problems import Matcher
+from hymba_align.train.row_places import NamesRows
 from hymba_align.train.settings import settings_refused_by_trl, stage_section, trainer_arguments
 from hymba_align.train.stage_run import run_stage, stage_callbacks
 from hymba_align.train.trainer import StageTrainer
 from hymba_align.train.validation import ValidatesEveryRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class HymbaSFTTrainer(ValidatesEveryRow, StageTrainer, SFTTrainer):
@@ -109,6 +112,31 @@ def train_sft(
         rows = to_rows(prepared.dataset)
         validation = prepared.validation.remove_columns("place") if prepared.validation is not None else None
         validation_rows = to_rows(validation) if validation is not None else None
+    trainer = _build_trainer(recipe, start, stage_dir, arguments, tokenizer, rows, validation_rows)
+    generate_at_validation(trainer, recipe, "sft", stage_dir, prepared, matcher)
+    if not data.streaming:
+        check_nothing_lost(prepared.dataset, rows)
+    if arguments.process_index == 0 and not data.streaming:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        meta_tokens = model.config.num_memory_tokens
+        report = packing_report(rows["seq_lengths"], section.max_length, meta_tokens) if arguments.packing else None
+        record_data(stage_dir, prepared, report)
+    metrics = run_stage(trainer, stage_dir)
+    if data.streaming and arguments.process_index == 0:
+        record_data(stage_dir, prepared, None)
+    return metrics
+
+
+def _build_trainer(
+    recipe: Recipe,
+    start: str | Path | None,
+    stage_dir: Path,
+    arguments: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    validation_rows: Dataset | None,
+) -> HymbaSFTTrainer:
+    """The trainer over the rows, guarded, whose batches say where their rows were read."""
     model = load_start(recipe, start, tokenizer)
     adapters, quantisation = adapting.begin(recipe, "sft", model)
     with settings_refused_by_trl("sft"):
@@ -124,20 +152,9 @@ def train_sft(
     if adapters is not None:
         trainer.adapts(AdapterBase.of(recipe, start, stage_dir), quantisation)
     trainer.data_collator = NamesRows(trainer.data_collator)
-    trainer.guard_against(section.guard, "sft", stage_dir)
+    trainer.guard_against(stage_section(recipe, "sft").guard, "sft", stage_dir)
     trainer.trains_as(recipe, stage_dir)
-    generate_at_validation(trainer, recipe, "sft", stage_dir, prepared, matcher)
-    if not data.streaming:
-        check_nothing_lost(prepared.dataset, rows)
-    if arguments.process_index == 0 and not data.streaming:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        meta_tokens = model.config.num_memory_tokens
-        report = packing_report(rows["seq_lengths"], section.max_length, meta_tokens) if arguments.packing else None
-        record_data(stage_dir, prepared, report)
-    metrics = run_stage(trainer, stage_dir)
-    if data.streaming and arguments.process_index == 0:
-        record_data(stage_dir, prepared, None)
-    return metrics
+    return trainer
 
 
 def training_rows(dataset: Dataset, *, max_length: int, packing: bool) -> Dataset:

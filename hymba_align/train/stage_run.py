@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from hymba_align.recipe import Recipe, TrainingStage
 from hymba_align.run.curves import draw_curves
 from hymba_align.run.manifest import find_damage, read_manifest
 from hymba_align.run.storage import writing
+from hymba_align.terminal import print_words
 from hymba_align.train.adapting import peft_model
 from hymba_align.train.answers import EXACT, AnswersProblems, final_step
 from hymba_align.train.callbacks import MetricsFile, Progress, closed_after
@@ -71,13 +72,26 @@ def _where_to_resume(trainer: Trainer, stage_dir: Path) -> tuple[Path | None, Pa
         finished = finished_state(stage_dir)
         checkpoint = last_good_checkpoint(stage_dir) if finished is None else None
         if checkpoint is not None:
-            print(f"resuming from {checkpoint.name}", flush=True)
+            print_words(f"resuming from {checkpoint.name}")
         elif finished is None and checkpoints(stage_dir):
-            print(f"no checkpoint in {stage_dir} can be used, so training starts afresh", file=sys.stderr, flush=True)
+            print_words(f"no checkpoint in {stage_dir} can be used, so training starts afresh", stderr=True)
         found = [(finished, checkpoint)]
     broadcast_object_list(found)
     places: tuple[Path | None, Path | None] = found[0]
     return places
+
+
+def resolve_steps(arguments: TrainingArguments, checkpoint: Path) -> None:
+    """Puts steps in the place of shares of all steps (`save_steps` 0.2), where they are those that the checkpoint has.
+
+    transformers 5.23 compares its arguments with the checkpoint as they are written, and warns that 0.2 is not 4; delete
+    this when it compares what they come to. What did change it still tells.
+    """
+    state = read_json(checkpoint / STATE_FILE)
+    for key in ("logging_steps", "eval_steps", "save_steps"):
+        asked, saved = getattr(arguments, key), state[key]
+        if asked is not None and asked < 1 and saved == math.ceil(state["max_steps"] * asked):
+            setattr(arguments, key, saved)
 
 
 def run_stage(trainer: Trainer, stage_dir: Path) -> dict[str, float]:
@@ -105,13 +119,15 @@ def run_stage(trainer: Trainer, stage_dir: Path) -> dict[str, float]:
             closed_after(trainer.callback_handler.callbacks),
             preemptible(trainer),
         ):
+            if checkpoint is not None:
+                resolve_steps(trainer.args, checkpoint)
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
             _answering(trainer).take_best()
             save_final(trainer, stage_dir)
         runtime_s = float(result.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         shutil.rmtree(stage_dir / SHARED_DATASET, ignore_errors=True)
-        print(f"curves: {draw_curves(stage_dir)}", flush=True)
+        print_words(f"curves: {draw_curves(stage_dir)}")
         (stage_dir / "README.md").unlink(missing_ok=True)  # TRL's model card of a checkpoint
     return summarise(trainer, metrics, runtime_s)
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hymba_align.model import HymbaForCausalLM
-from hymba_align.train.guards import random_states, set_random_states
+from hymba_align.train.random_states import random_states, set_random_states
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import pytest
 
 from hymba_align.data.template import load_tokenizer
 
+pytest.register_assert_rewrite("tests.data.what_holds")
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 SMALL = ROOT / "data" / "arithmetic" / "tokenizer"

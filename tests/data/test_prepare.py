@@ -93,8 +93,10 @@ def test_rows_that_are_too_long_stop_the_run_unless_they_may_be_dropped(small: A
             lost.reason,
         )
         unit = "conversations" if prepare_stage is prepare_sft else "pairs"
-        assert prepared.summary().startswith(f"{data.path}: 3 of 4 rows kept in 3 {unit}; 1 lost (")
-        assert prepared.summary().endswith("tokens trained on; columns not used: id")
+        told, why = prepared.summary().splitlines()
+        assert told.startswith(f"{data.path}: 3 of 4 rows kept in 3 {unit}; ")
+        assert told.endswith(" tokens trained on; columns not used: id")
+        assert why == f"  1 lost (longer than max_length=100, first {data.path}:2)"
         with pytest.raises(DataError, match=r"d\.jsonl:2: longer than max_length=100: "):
             prepare_stage(section(tmp_path / "d.jsonl", *rows), small, 100, seed=0)
 
@@ -207,6 +209,12 @@ def test_the_summary_sums_up_rare_reasons() -> None:
     described = describe_losses(lost)
     assert described[:2] == ["10 lost (reason 0, first d:0)", "9 lost (reason 1, first d:0)"]
     assert described[-1] == "9 lost for other reasons"
+
+
+def test_the_summary_never_sums_up_rows_that_are_too_long() -> None:
+    lost = [Lost(f"d:{number}", f"reason {kind}") for kind in range(9) for number in range(2)]
+    described = describe_losses([*lost, Lost("d:99", "longer than max_length=64: it has 90 tokens", overlong=True)])
+    assert described[6:] == ["1 lost (longer than max_length=64, first d:99)", "6 lost for other reasons"]
 
 
 def test_schemas_are_refused_where_they_do_not_serve(small: Any, tmp_path: Path) -> None:

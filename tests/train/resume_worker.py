@@ -12,23 +12,36 @@ import errno
 import gc
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from engine_worker import choose_engine, release
 from transformers import TrainerCallback
 
 
 class Watch(TrainerCallback):
-    """Knows the step that training began after."""
+    """Knows the step that training began after, and what each step could draw: here nothing else uses random numbers."""
 
     began_after = -1
 
+    def __init__(self) -> None:
+        self.draws: list[list[float]] = []
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        import torch
+
         self.began_after = state.global_step
+        torch.rand(args.process_index)  # processes go different ways, as dropout makes them
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        import torch
+
+        self.draws.append([random.random(), float(np.random.rand()), float(torch.rand(()))])
 
 
 def as_if_killed(source: Path, folder: Path, step: int) -> None:
@@ -62,6 +75,7 @@ def run_job(job: dict[str, Any]) -> None:
         try:
             return kept[1](trainer, stage_dir)
         finally:
+            (folder / f"draws-{rank}.json").write_text(json.dumps(watch.draws))
             if is_main:
                 groups = [[group["weight_decay"], group["lr"]] for group in trainer.optimizer.param_groups]
                 began_after = watch.began_after

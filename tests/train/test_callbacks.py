@@ -129,6 +129,13 @@ def test_samples_are_shown_below_the_validation_loss_and_cannot_order_the_termin
     assert in_a_line(spoken[2]) == "How many? -> (nothing)   [reference: #### 7]"
 
 
+def test_samples_are_told_by_what_was_asked_last_and_not_by_a_system_message_that_all_share() -> None:
+    turns = ("System\nYou are brief.\n", "User\nHello.", "Assistant\nHi.</s>", "User\nHow many?", "Assistant\n")
+    prompt = "\n".join(f"<extra_id_{number > 0:d}>{turn}" for number, turn in enumerate(turns))
+    sample = Sample(prompt, "7", "Seven.", cut_off=False, right=None)
+    assert in_a_line(sample) == "How many? -> Seven.   [reference: 7]"
+
+
 def test_tokens_per_second_leave_out_what_is_no_training(
     tmp_path: Path, arguments: TrainingArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,8 @@ from hymba_align.recipe import Recipe
 from hymba_align.run.metrics import read_metrics
 from hymba_align.train import dpo as dpo_module
 from hymba_align.train import sft as sft_module
-from hymba_align.train.guards import BadBatches, state_is_finite
+from hymba_align.train.bad_batches import BadBatches
+from hymba_align.train.guards import state_is_finite
 from tests.forked import TwoProcesses
 
 ROOT = Path(__file__).resolve().parents[2]

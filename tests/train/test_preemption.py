@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from hymba_align.run.manifest import find_damage
 from hymba_align.run.metrics import read_metrics
 from hymba_align.train.common import load_start, load_start_tokenizer
 from hymba_align.train.sft import HymbaSFTTrainer
+from tests.forked import TwoProcesses
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGTERM is a signal of Unix")
 
@@ -303,11 +303,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_and_the_run_con
     assert lines[-1].startswith("Preempted: sft: "), lines[-1]
 
     (tmp_path / "twice.py").write_text(TWICE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    torchrun += [str(tmp_path / "twice.py"), str(recipe), str(run / "sft"), str(tmp_path / "whole" / "sft")]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(torchrun, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"resuming from checkpoint-{step}\n" in done.stdout
+    both = TwoProcesses(tmp_path / "twice.py", recipe, tmp_path, run / "sft", tmp_path / "whole" / "sft")
+    both.wait(240)
+    assert f"resuming from checkpoint-{step}\n" in both.log.read_text()
     assert weights(run) == weights(tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")

@@ -110,6 +110,10 @@ class Runs:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / name / "final" / "model.safetensors")
 
+    def draws(self, name: str, rank: int = 0) -> list[list[float]]:
+        """What each step of a process drew: of Python's, numpy's and torch's random numbers."""
+        return list(json.loads((self.folder / name / f"draws-{rank}.json").read_text()))
+
     def observed(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / name / "observed.json").read_text()))
 
@@ -206,6 +210,21 @@ def test_a_resumed_run_ends_with_bitwise_the_weights_and_records_of_an_uninterru
         for name in (f"{engine}-same", f"{engine}-whole")
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("one", 1), *((engine, 2) for engine in ENGINES)])
+def test_every_process_goes_on_with_random_numbers_of_its_own(runs: Runs, engine: str, processes: int) -> None:
+    whole = [runs.draws(f"{engine}-whole", rank) for rank in range(processes)]
+    assert [len(draws) for draws in whole] == [STEPS] * processes
+    assert len({json.dumps(draws) for draws in whole}) == processes
+    assert [runs.draws(f"{engine}-same", rank) for rank in range(processes)] == [draws[SAVED:] for draws in whole]
+
+
+@pytest.mark.parametrize("engine", CROSSED)
+def test_on_another_number_of_processes_all_go_on_with_those_of_the_first(runs: Runs, engine: str) -> None:
+    one = runs.draws("one-whole")[SAVED:]
+    assert [runs.draws(f"{engine}-from-one", rank) for rank in (0, 1)] == [one, one]
+    assert runs.draws(f"one-from-{engine}") == runs.draws(f"{engine}-whole")[SAVED:]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

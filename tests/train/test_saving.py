@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import stat
@@ -290,6 +291,22 @@ def test_a_stage_resumes_behind_a_torn_checkpoint_and_what_an_interrupted_save_l
     assert "resuming from checkpoint-2\n" in told.out
     assert same(load_file(stage / "final" / "model.safetensors"), whole)
     assert not (stage / SAVING).exists()
+
+
+def test_a_stage_that_goes_on_tells_of_steps_that_changed_and_not_of_shares_that_come_to_the_same(
+    stage: Path, make_recipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {**SETTINGS, "save_steps": 0.3, "logging_steps": 3}  # of six steps, two
+    compares = logging.getLogger("transformers.trainer_utils")
+    compares.addHandler(caplog.handler)
+    try:
+        train_sft(make_recipe(**asked), None, stage)
+    finally:
+        compares.removeHandler(caplog.handler)
+    assert {*caplog.messages} == {
+        "Warning: The following arguments do not match the ones in the `trainer_state.json` within the checkpoint "
+        "directory: \n\tlogging_steps: 3 (from args) != 1.0 (from trainer_state.json)"
+    }
 
 
 def test_a_stage_whose_checkpoints_are_all_bad_says_so_and_starts_afresh(

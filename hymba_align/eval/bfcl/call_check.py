@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 MAX_CHARACTERS = 20_000  # the longest call of the ground truth has 6,839
 MAX_NODES = 2_000
@@ -35,11 +34,6 @@ class CheckedCall:
 
 class _Refusal(Exception):
     """Why a call may not run."""
-
-
-def call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """A decoded call as Python text, in bfcl-eval's own form. Not to be run before `check_call` has seen it."""
-    return f"{name}({','.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
 def check_call(text: str, allowed: Collection[str]) -> CheckedCall:

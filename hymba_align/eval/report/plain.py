@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from hymba_align.eval.report.cost import Cost
 from hymba_align.eval.result import TaskResult
 
 
@@ -25,8 +24,3 @@ def plain_result(result: TaskResult) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "command": result.command,
     }
-
-
-def plain_cost(cost: Cost) -> dict[str, Any]:
-    """What was taken, by the names of `Cost`; null for what was not recorded."""
-    return asdict(cost)

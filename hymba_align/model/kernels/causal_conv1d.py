@@ -37,7 +37,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         import causal_conv1d  # noqa: F401
     except ImportError as error:
-        return f"causal-conv1d does not load ({error}): pip install --no-build-isolation 'hymba-align[cuda]'"
+        return f"causal-conv1d does not load ({error}); in the clone: pip install --no-build-isolation -e '.[cuda]'"
     return None
 
 

@@ -31,7 +31,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         # Importing any of mamba-ssm loads all of it, its text generation with transformers too.
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # noqa: F401
     except ImportError as error:
-        return f"mamba-ssm does not load ({error}): pip install --no-build-isolation 'hymba-align[cuda]'"
+        return f"mamba-ssm does not load ({error}); in the clone: pip install --no-build-isolation -e '.[cuda]'"
     return None
 
 

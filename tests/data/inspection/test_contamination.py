@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -217,9 +218,7 @@ def test_what_is_not_at_hand_is_named_with_how_to_get_it(tmp_path: Path, monkeyp
             "set eval.gsm8k.test_path to GSM8K's test.jsonl",
         ),
         NotCompared("GPQA", "no file of it was named", "get dataset.zip from github.com/idavidrein/gpqa and name it"),
-        NotCompared(
-            "BFCL", "the package bfcl-eval, which ships its data, is not installed", "pip install --no-deps bfcl-eval"
-        ),
+        NotCompared("BFCL", "its grader, which ships the data, is not installed", "hymba-align install-bfcl"),
     )
 
 
@@ -240,19 +239,51 @@ def test_without_a_file_gsm8k_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch
     assert overlap(test_set, PlainText(QUESTION)) == Overlap("GSM8K", "row 1, question", 6, 6, 0)
 
 
-def test_a_hub_out_of_reach_means_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hymba_align.data.reading import sources
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_a_hub_out_of_reach_is_asked_once_and_means_not_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forbidden: bool
+) -> None:
+    import datasets
+    from huggingface_hub import HfApi
 
-    def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:
-        raise DataError(f"{repository} cannot be read from the Hugging Face hub (it is far away); {what_to_do}")
+    asked = []
+
+    def without_network(self: Any, name: str, *, timeout: float, **given: Any) -> Any:
+        asked.append((name, given, timeout))
+        raise type("ConnectError", (Exception,), {"__module__": "httpx2"})("Name or service not known")
 
     no_package(monkeypatch)
-    monkeypatch.setattr(sources, "read_hub", read_hub)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", forbidden)
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(forbidden)))
+    monkeypatch.setattr(HfApi, "repo_info", without_network)
+    why = "HF_HUB_OFFLINE forbids to fetch it" if forbidden else "the hub does not answer within 3 s: ConnectError"
     assert only("GSM8K", find_benchmarks()) == NotCompared(
-        "GSM8K",
-        "openai/gsm8k cannot be read from the Hugging Face hub (it is far away)",
-        "set eval.gsm8k.test_path to GSM8K's test.jsonl",
+        "GSM8K", f"openai/gsm8k is not in the cache, and {why}", "set eval.gsm8k.test_path to GSM8K's test.jsonl"
     )
+    assert asked == ([] if forbidden else [("openai/gsm8k", {"repo_type": "dataset"}, 3.0)])
+    assert datasets.config.HF_HUB_OFFLINE is forbidden
+
+
+def test_a_hub_that_answers_is_read_where_the_cache_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from hymba_align import hub
+    from hymba_align.data.reading import sources
+
+    def read_hub(repository: str, what_to_do: str, **options: Any) -> list[dict[str, str]]:
+        if datasets.config.HF_HUB_OFFLINE:
+            raise DataError(f"{repository} cannot be read; {what_to_do}")
+        return [{"question": QUESTION, "answer": "#### 9"}]
+
+    no_package(monkeypatch)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_problem", lambda name, kind: None)
+    monkeypatch.setattr(sources, "read_hub", read_hub)
+    test_set = only("GSM8K", find_benchmarks())
+    assert isinstance(test_set, Benchmark)
+    assert test_set.items == 1
 
 
 # ---- GPQA --------------------------------------------------------------------------------------------------------------
@@ -376,6 +407,25 @@ def test_bfcl_is_read_from_the_installed_package_without_importing_it(
     assert (found.part, found.share) == ("multi_turn_base_0, user turn 2", 1)
     assert overlap(test_set, PlainText(QUESTION)) is None  # descriptions and system messages are not questions
     assert "fake_bfcl" not in sys.modules
+
+
+def test_bfcl_is_read_from_the_environment_of_its_grader_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bfcl_package(tmp_path / "here", monkeypatch, {"BFCL_v4_x.json": bfcl_row("here_0", QUESTION)})
+    environment = tmp_path / "bfcl-eval"
+    for packages in ("lib/python3.11/site-packages", "Lib/site-packages"):
+        data = bfcl_package(environment / packages, monkeypatch, {"BFCL_v4_x.json": bfcl_row("there_0", QUESTION)})
+        test_set = only("BFCL", find_benchmarks("no", bfcl_environment=environment))
+        assert isinstance(test_set, Benchmark)
+        assert test_set.part_names == ("there_0, user turn 1",)
+        (data / "BFCL_v4_x.json").write_text("")
+        assert only("BFCL", find_benchmarks("no", bfcl_environment=environment)) == NotCompared(
+            "BFCL", f"{data} holds no questions", f"remove {environment}, and run 'hymba-align install-bfcl'"
+        )
+        shutil.rmtree(environment)
+    assert "fake_bfcl" not in sys.modules
+    test_set = only("BFCL", find_benchmarks("no", bfcl_environment=environment))
+    assert isinstance(test_set, Benchmark)
+    assert test_set.part_names == ("here_0, user turn 1",)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hymba_align.data.inspection.preview import (
     choose,
     first_words,
     html_page,
+    last_question,
     pieces,
     print_preview,
     tree,
@@ -129,6 +130,17 @@ def test_first_words_pass_over_turn_headers_and_tools() -> None:
     assert words.startswith("What is 1+1? xxx")
     assert words.endswith("…")
     assert len(words) == 60
+
+
+def test_a_conversation_is_named_by_what_was_asked_and_not_by_a_system_message_that_all_share() -> None:
+    text = (
+        "<extra_id_0>System\nYou are brief.\n\n<extra_id_1>User\nWhen do you open?\n<extra_id_1>Assistant\nAt nine.</s>\n"
+        "<extra_id_1>User\nAnd on\nSundays?\n<extra_id_1>Assistant\n"
+    )
+
+    assert first_words(text) == "When do you open? At nine.</s> And on Sundays?"
+    assert last_question(text) == "And on Sundays?"
+    assert first_words("<extra_id_0>System\nYou are brief.\n\n") == last_question("You are brief.") == "You are brief."
 
 
 @pytest.mark.parametrize(

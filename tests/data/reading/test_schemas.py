@@ -228,7 +228,53 @@ def test_a_row_of_another_schema_than_the_first_is_told_apart() -> None:
         read_examples({"question": "q", "answer": "a"}, detect_schema(["messages"]), section())
     assert str(error.value) == (
         "the row has the columns of question_answer (question, answer), and the first row those of messages (messages); "
-        "put rows of each kind into a file of their own"
+        "put rows of each kind into a file of their own and name both files in sources, or make all rows one kind with convert"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "stage", "sets", "example"),
+    [
+        (
+            ("question", "better", "worse"),
+            "dpo",
+            "(prompt, chosen, rejected) nor (conversations, chosen, rejected) nor (prompt, responses, scores)",
+            "prompt: 'question', chosen: 'better', rejected: 'worse'",
+        ),
+        (
+            ("question", "better", "worse"),
+            None,
+            "(prompt, chosen, rejected) nor (conversations, chosen, rejected) nor (prompt, responses, scores)",
+            "prompt: 'question', chosen: 'better', rejected: 'worse'",
+        ),
+        (
+            ("question", "first", "second"),
+            "dpo",
+            "(prompt, chosen, rejected) nor (conversations, chosen, rejected) nor (prompt, responses, scores)",
+            "prompt: 'question', chosen: 'NAME', rejected: 'NAME'",
+        ),
+        (
+            ("question", "better", "worse"),
+            "sft",
+            "(question, answer) nor (prompt, completion) nor (messages)",
+            "question: 'question', answer: 'NAME'",
+        ),
+        (
+            ("question", "anwser"),
+            "dpo",
+            "(question, answer) nor (prompt, chosen, rejected) nor (conversations, chosen, rejected)",
+            "question: 'question', answer: 'anwser'",
+        ),
+    ],
+)
+def test_columns_of_no_schema_are_told_with_those_that_the_stage_takes(
+    columns: tuple[str, ...], stage: Any, sets: str, example: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        schema_of(section(), dict.fromkeys(columns, "x"), stage)
+    assert str(error.value) == (
+        f"the columns found are {', '.join(map(repr, columns))}, neither {sets} nor another set of docs/data.md; say which is "
+        f"which, as in columns: {{{example}}}, or name a function with convert"
     )
 
 
