@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -73,8 +76,61 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # or extension modules report as leaked at exit what was never looked at
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Shared fixtures draw the same numbers whichever test asks for them first."""
+    if fixturedef.scope != "function":
+        _draw_from(f"{fixturedef.baseid}::{fixturedef.argname}")
+
+
 @pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_numbers(request: pytest.FixtureRequest) -> None:
+    """What a test draws from torch without a seed depends on its name, and not on the tests before it."""
+    _draw_from(request.node.nodeid)
+
+
+def _draw_from(name: str) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(zlib.crc32(name.encode()))
+
+
+ONCE_PER_PROCESS = {
+    "hymba_align.data.reading.converters": "_named",
+    "hymba_align.model.kernels.choice": "_logged",
+    "hymba_align.secrets": "_remembered",
+}
+"""Sets of what a process has said or learned, by module"""
+
+
+@pytest.fixture
+def _as_it_was() -> Iterator[None]:
+    """Puts back what outlives a test: which one runs next in this process depends on how long others took."""
+    environment, path = dict(os.environ), list(sys.path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    torch = sys.modules.get("torch")
+    numbers = (torch.get_num_threads(), torch.get_default_dtype()) if torch else None
+    known = {module: set(getattr(sys.modules.get(module), name, ())) for module, name in ONCE_PER_PROCESS.items()}
+    yield
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    sys.path[:] = path
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    if "hymba_align.processes.signals" in sys.modules:
+        signals = sys.modules["hymba_align.processes.signals"]
+        if signals.requested():
+            signals._state = signals._State()
+    if torch and numbers != (torch.get_num_threads(), torch.get_default_dtype()):
+        torch.set_num_threads(numbers[0])
+        torch.set_default_dtype(numbers[1])
+    for module, name in ONCE_PER_PROCESS.items():
+        getattr(sys.modules.get(module), name, set()).intersection_update(known[module])
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(_as_it_was: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes name their files from here."""
     monkeypatch.chdir(REPOSITORY)
 

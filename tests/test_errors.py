@@ -111,19 +111,36 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(
     assert digests(folder) == before
 
 
-@pytest.mark.parametrize("name", ["a malformed line of a later stage", "a base of the hub, offline"])
-def test_the_process_itself_prints_that_sentence_and_nothing_else(folder: Path, name: str) -> None:
-    line, message = CASES[name]
+IN_TURN = """
+import json, sys
+from hymba_align.cli import main
+for words in json.loads(sys.argv[1]):
+    code = main(words)
+    print("code", code, file=sys.stderr)
+"""
+
+
+def test_the_process_itself_prints_that_sentence_and_nothing_else(folder: Path) -> None:
+    """One process for two commands: the first imports everything, the second asks the hub's library."""
+    cases = [CASES["a malformed line of a later stage"], CASES["a base of the hub, offline"]]
     before = digests(folder)
-    command = [sys.executable, "-m", "hymba_align", *arguments(line, folder)]
+    commands = json.dumps([arguments(line, folder) for line, _ in cases])
 
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", IN_TURN, commands],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
 
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 2, done.stderr
-    assert done.stderr.startswith("Error: ")
-    assert message.format(at=folder) in done.stderr
+    told = done.stderr.splitlines()
+    assert done.returncode == 0, told
+    assert len(told) == 6, told
+    for (_, message), lines in zip(cases, (told[:3], told[3:]), strict=True):
+        assert lines[0].startswith("Error: ")
+        assert message.format(at=folder) in lines[0]
+        assert lines[1].startswith("More: hymba-align explain ")
+        assert lines[2] == "code 2"
     assert digests(folder) == before

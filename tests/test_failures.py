@@ -335,16 +335,16 @@ def test_a_data_file_that_changes_before_a_stage_reads_it_stops_the_run(
 def test_a_streamed_file_that_changes_while_it_is_read_stops_the_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import hymba_align.pipeline as pipeline
+    from hymba_align import stage_training
 
-    data, train = tmp_path / "train.jsonl", pipeline._call_trainer
+    data, train = tmp_path / "train.jsonl", stage_training._call_trainer
 
     def changes(*arguments: Any) -> dict[str, float]:
         metrics = train(*arguments)
         data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
         return metrics
 
-    monkeypatch.setattr(pipeline, "_call_trainer", changes)
+    monkeypatch.setattr(stage_training, "_call_trainer", changes)
     assert main(["sft", str(recipe), "data.streaming=true", "dpo=null", "sft.trainer.max_steps=2"]) == 2
     assert capfd.readouterr().err.splitlines()[-2] == changed(data)
 

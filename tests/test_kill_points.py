@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.forked import Forked, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,15 +28,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are 
 def test_a_run_killed_at_any_file_operation_ends_as_one_that_nobody_killed(
     tmp_path: Path, scenario: str, at_least: int
 ) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "stand_in_run.py"), str(tmp_path), scenario, EVERY],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *not_as_wanted, kills = done.stdout.splitlines()
+    script = partial(run_script, ROOT / "tests" / "stand_in_run.py", tmp_path, scenario, EVERY)
+    killing = Forked(script, tmp_path / "log", errors=tmp_path / "errors")
+    assert killing.wait() == 0, killing.told()
+    *not_as_wanted, kills = killing.log.read_text().splitlines()
     assert not_as_wanted == []
     assert int(kills) >= at_least

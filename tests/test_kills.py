@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from hymba_align.eval import read_result
 from hymba_align.run.metrics import read_metrics
+from tests.forked import Forked, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ["data preparation", "a step", "a save", "between stages", "answers", "a result"]
@@ -35,16 +35,10 @@ pytestmark = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder with the runs `whole` and `killed`, and what was printed."""
     folder = tmp_path_factory.mktemp("kills")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    script = partial(run_script, ROOT / "tests" / "killed_run.py", folder)
+    killing = Forked(script, folder / "log", errors=folder / "errors")
+    assert killing.wait(580) == 0, killing.told()
+    return folder, killing.log.read_text()
 
 
 def test_the_run_was_killed_once_in_every_phase_and_resumed(runs: tuple[Path, str]) -> None:

@@ -387,6 +387,20 @@ def test_an_interruption_before_the_first_answer_leaves_no_file(
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_whose_folders_are_not_shared_go_on_with_the_answers_of_all(
+    model: HymbaForCausalLM, tokenizer: Any, prompts: list[list[int]], tmp_path: Path, decoded: list[int]
+) -> None:
+    def work(processes: Processes) -> Any:
+        answers = one(model, tokenizer, store=tmp_path / str(processes.rank) / "gsm8k", processes=processes)
+        return answers.generate(prompts, max_new_tokens=3, name="test"), answers.reused
+
+    (found, _), _ = together(2, work)
+    assert sorted(decoded) == [3, 4]
+    decoded.clear()
+    assert together(2, work) == [(found, 7)] * 2
+    assert not decoded
+
+
 @pytest.mark.parametrize("kept", [0, 1, 30, -1], ids=["nothing", "a character", "half", "all but the line break"])
 def test_a_torn_last_line_is_dropped_and_the_file_is_whole_again(
     model: HymbaForCausalLM, tokenizer: Any, prompts: list[list[int]], tmp_path: Path, decoded: list[int], kept: int
