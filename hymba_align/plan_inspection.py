@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_align.errors import RecipeError
+from hymba_align.inspect_choices import is_text_file
 from hymba_align.recipe import DataSection, Recipe, TrainingStage, resolved_eval, test_file_beside
 from hymba_align.recipe_eval import EvalSection, Stage
 from hymba_align.recipe_inspect import InspectSection
@@ -24,24 +25,43 @@ def section_of(recipe: Recipe) -> InspectSection:
 
 
 def compared_with(recipe: Recipe, stage: Stage) -> Stage | None:
-    """The stage whose checkpoint a stage's is compared with; None for no comparison."""
-    against = section_of(recipe).against
+    """The stage whose checkpoint a stage's is compared with; None for no comparison.
+
+    Raises: RecipeError where nothing but a comparison is asked for.
+    """
+    section = section_of(recipe)
+    against = section.against
     if stage == "base" or against == "none":
+        if set(section.parts) == {"alignment"}:
+            raise RecipeError(_nothing_to_compare(stage))
         return None
     before: tuple[Stage, ...] = ("base", *recipe.training_stages[: recipe.training_stages.index(stage)])
     return before[0] if against == "base" else before[-1]
 
 
-def data_of(recipe: Recipe, stage: Stage) -> tuple[DataSection, bool]:
+def _nothing_to_compare(stage: Stage) -> str:
+    """Why a comparison alone cannot be had, and what to do."""
+    asked = "inspect.parts asks for alignment alone, which compares with an earlier checkpoint"
+    if stage == "base":
+        return f"{asked}, and none is before base; ask for other parts, or name later stages with inspect.stages"
+    return (
+        f"{asked}, and inspect.against is none; set inspect.against to previous or base, or ask for other parts as well"
+    )
+
+
+def data_of(recipe: Recipe, stage: Stage) -> tuple[DataSection | None, bool]:
     """What an inspection of the stage reads, and whether only the rows that are kept for validation count.
 
-    That is the file that is named; or what the stage's data keeps for validation; or the test.jsonl beside that data.
+    That is the file that is named; or what the stage's data keeps for validation; or the test.jsonl beside that data. None
+    where costs alone are asked for, which takes no texts.
 
     Raises: RecipeError where there is none of them.
     """
-    section, data = section_of(recipe), _data_for(recipe, stage)
+    section, data = section_of(recipe), data_for(recipe, stage)
     if section.data is not None:
         return _like(data, section.data), False
+    if set(section.parts) == {"cost"}:
+        return None, False
     if data is not None and data.validation_fraction:
         return data, True
     test = test_file_beside(data) if data is not None else None
@@ -71,7 +91,7 @@ def preferences_of(recipe: Recipe) -> DataSection | None:
     path = section_of(recipe).preferences
     if path is None:
         return None
-    return _like(_data_for(recipe, "dpo") if recipe.dpo is not None else None, path)
+    return _like(data_for(recipe, "dpo") if recipe.dpo is not None else None, path)
 
 
 def tasks_of(recipe: Recipe) -> EvalSection | None:
@@ -106,19 +126,20 @@ def settings_that_count(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 def contents_of(recipe: Recipe, stage: Stage) -> Iterator[tuple[str, str | None]]:
     """Names of the files that an inspection reads besides checkpoints and tasks, and digests of what they hold."""
     from hymba_align.data.unchanged import contents
-    from hymba_align.files import path_digest
+    from hymba_align.files import file_digest
 
-    for section in (data_of(recipe, stage)[0], preferences_of(recipe)):
-        if section is not None:
+    domains = (DataSection(path=path) for path in section_of(recipe).domains.values())
+    for section in (data_of(recipe, stage)[0], preferences_of(recipe), *domains):
+        if section is not None and is_text_file(section.path):
+            yield section.path, file_digest(Path(section.path).expanduser())
+        elif section is not None:
             yield from contents(section)
-    for path in section_of(recipe).domains.values():
-        yield path, path_digest(path)
 
 
 def in_words(recipe: Recipe, stage: Stage) -> str:
     """The data, and with what the stage is compared."""
     data, held_out = data_of(recipe, stage)
-    names = ", ".join(shown(source.path) for source in data.all_sources)
+    names = ", ".join(shown(source.path) for source in data.all_sources) if data is not None else "no texts"
     other = compared_with(recipe, stage)
     return f"{'held-out rows of ' if held_out else ''}{names}{f', against {other}' if other is not None else ''}"
 
@@ -136,7 +157,8 @@ def keys_of_run(checkpoint: str, path: str, *, of_pairs: bool = False) -> tuple[
     written = final.parent.parent / "recipe.yaml"
     if final.name != "final" or not written.is_file():
         return {}, ""
-    otherwise = f"rows of {path} are read by what they hold, and data.KEY=VALUE says otherwise"
+    prefix = "preferences" if of_pairs else "data"
+    otherwise = f"rows of {path} are read by what they hold, and {prefix}.KEY=VALUE says otherwise"
     try:
         recipe = load_section(Recipe, written)
     except RecipeError as error:
@@ -155,10 +177,10 @@ def keys_of_run(checkpoint: str, path: str, *, of_pairs: bool = False) -> tuple[
     if not keys and not unused:
         return {}, ""
     names = f" ({', '.join(keys)})" if keys else ""
-    return keys, f"Rows of {path} are read as {written} says{names}{unused}; data.KEY=VALUE says otherwise"
+    return keys, f"Rows of {path} are read as {written} says{names}{unused}; {prefix}.KEY=VALUE says otherwise"
 
 
-def _data_for(recipe: Recipe, stage: Stage) -> DataSection | None:
+def data_for(recipe: Recipe, stage: Stage) -> DataSection | None:
     """The data of a stage; of the base, that of the first stage."""
     stages: tuple[TrainingStage, ...] = recipe.training_stages
     if stage != "base":

@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from hymba_align.eval.sharing import Processes
 from hymba_align.files import sync_folder
-from hymba_align.run.storage import writing
+from hymba_align.run.storage import AGAIN, writing
 
 SYNC_S = 5.0
 """Most seconds between two times that appended answers are forced onto the disk"""
-RESUMES = "then run the same command again: it continues from the answers already given"
+RESUMES = f"{AGAIN}: it continues from the answers already given"
 
 FIELDS = ({"text", "tokens", "cut_off"}, {"log_likelihood", "is_greedy"})
 """Of an answer, and of a score"""

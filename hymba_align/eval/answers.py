@@ -111,6 +111,8 @@ class Answers:
     """Distinct prompts that lost their beginning"""
     longest_prompt: int
     """Tokens of the longest one, before it was cut"""
+    on_progress: Callable[[int, int], None] | None = None
+    """Called after each answer of this process, with how many are there and of how many"""
 
     def __init__(
         self,
@@ -315,6 +317,8 @@ class Answers:
                     new[keys[number]] = record
                     self.store.add(keys[number], record)
                     ended()
+                    if self.on_progress is not None:
+                        self.on_progress(display.done, display.total)
 
                 compute(mine, done)
         return self._gathered(keys, found, new, time.perf_counter() - started)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +23,14 @@ from hymba_align.errors import DataError, TokenizerError
 from hymba_align.inference.token_texts import TokenTexts
 from hymba_align.inside.importance import measured
 from hymba_align.inside.movement import causal_in, check_comparable
+from hymba_align.inside.passes import PredictingStates, run_rows, scored_places
 from hymba_align.inside.result import Divergence, Measured, PairChange, Pairs, PairText, Shift
 from hymba_align.inside.rows import Document, Row
+from hymba_align.inside.showing import display
 from hymba_align.inside.texts import Pair
-from hymba_align.model.modeling import NOT_SCORED, HymbaForCausalLM
-from hymba_align.model.scoring import score_continuations
-from hymba_align.model.segments import ROOT
+from hymba_align.model.modeling import HymbaForCausalLM
+from hymba_align.model.scoring import scored_rows
+from hymba_align.progress import Display
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +86,8 @@ def measure_pairs(
         raise ValueError("there is no pair to measure")
     models = causal_in(before), causal_in(after)
     check_comparable(models[0].config, models[1].config)
-    before_N2, after_N2 = (_answer_logps(model, pairs, tokens_per_row) for model in models)
+    with display("Answers of pairs", len(models) * 2 * len(pairs), "answers") as shown:
+        before_N2, after_N2 = (_answer_logps(model, pairs, tokens_per_row, shown) for model in models)
     changes = [
         PairChange(
             pair.name,
@@ -120,15 +124,20 @@ def _as_read(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> PairText:
     return PairText(pair.name, prompt[-SHOWN_CHARACTERS:], chosen[:SHOWN_CHARACTERS], rejected[:SHOWN_CHARACTERS])
 
 
-def _answer_logps(model: HymbaForCausalLM, pairs: Sequence[Pair], tokens_per_row: int) -> Floats:
-    """(N, 2) log-probabilities of the chosen and the rejected answers."""
-    scores = score_continuations(
+def _answer_logps(model: HymbaForCausalLM, pairs: Sequence[Pair], tokens_per_row: int, shown: Display) -> Floats:
+    """(N, 2) log-probabilities of the chosen and the rejected answers; each row's are told when they are there."""
+    found_N2 = np.empty((len(pairs), 2))
+    rows = scored_rows(
         model,
         [pair.prompt_ids for pair in pairs for _ in range(2)],
         [answer for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)],
         tokens_per_row=tokens_per_row,
     )
-    return np.array([score.log_likelihood for score in scores]).reshape(-1, 2)
+    for numbers, scores in rows:
+        found_N2.flat[numbers] = [score.log_likelihood for score in scores]
+        shown.advance(shown.done + len(numbers))
+        shown.tell()
+    return found_N2
 
 
 def mean_of(values: Floats) -> Measured:
@@ -180,7 +189,13 @@ class _Scored:
 
 @torch.no_grad()
 def measure_divergence(
-    before: nn.Module, after: nn.Module, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, source: str
+    before: nn.Module,
+    after: nn.Module,
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    states: tuple[Iterable[Tensor], Iterable[Tensor]] | None = None,
 ) -> Divergence:
     """How far the distributions over all V tokens have moved, at every token under the loss, in nats.
 
@@ -196,6 +211,7 @@ def measure_divergence(
         rows: of documents that neither was trained on, else it is memory that is measured.
         tokenizer: of both.
         source: where the documents come from.
+        states: what `PredictingStates` kept of both over these rows; None runs them.
 
     Raises:
         CheckpointError: models of different shapes.
@@ -205,8 +221,9 @@ def measure_divergence(
     check_comparable(models[0].config, models[1].config)
     documents: list[Document] = []
     parts: list[_Scored] = []
-    for row in rows:
-        parts += _scored(models, row, len(documents))
+    rows = list(rows)
+    for row, *hidden in zip(rows, *(states or map(partial(_states, rows=rows), models)), strict=True):
+        parts += _scored(models, row, hidden, len(documents))
         documents += row.documents
     if not parts:
         raise DataError(
@@ -238,15 +255,13 @@ def measure_divergence(
     )
 
 
-def _scored(models: tuple[HymbaForCausalLM, HymbaForCausalLM], row: Row, first_document: int) -> Iterator[_Scored]:
-    """What both models say at a row's scored tokens, tile by tile; a document's first token is predicted by nothing."""
-    before_T = row.tree.predecessors()
-    chosen_n = ((row.labels != NOT_SCORED) & (before_T != ROOT)).nonzero().flatten()
-    if not len(chosen_n):
-        return
+def _scored(
+    models: tuple[HymbaForCausalLM, HymbaForCausalLM], row: Row, hidden: Sequence[Tensor], first_document: int
+) -> Iterator[_Scored]:
+    """What both models say at a row's scored tokens, tile by tile, from the (n, D) states that predict them."""
+    chosen_n, _ = scored_places(row)
     documents_T = torch.arange(row.tree.num_segments).repeat_interleave(row.tree.lengths)
     positions_T = torch.arange(len(documents_T)) + (row.tree.ancestor_tokens - row.tree.offsets)[documents_T]
-    hidden = [_hidden(model, row, before_T[chosen_n]) for model in models]
     at_once = max(1, LOGITS_AT_ONCE // models[0].config.vocab_size)
     for start in range(0, len(chosen_n), at_once):
         tile = slice(start, start + at_once)
@@ -261,19 +276,17 @@ def _scored(models: tuple[HymbaForCausalLM, HymbaForCausalLM], row: Row, first_d
         )
 
 
-def _hidden(model: HymbaForCausalLM, row: Row, predicting_n: Tensor) -> Tensor:
-    """(n, D) last hidden states of the tokens that predict."""
-    device = model.model.embed_tokens.weight.device
-    outputs = model.model(
-        input_ids=row.input_ids[None].to(device), segments=row.tree, use_cache=False, positions_to_keep=predicting_n
-    )
-    states: Tensor = outputs.last_hidden_state[0]
-    return states
+def _states(model: HymbaForCausalLM, rows: Sequence[Row]) -> Iterator[Tensor]:
+    """(n, D) last hidden states of the tokens that predict, of one row after another."""
+    for row in rows:
+        watcher = PredictingStates()
+        run_rows(model, [row], [watcher])
+        yield from watcher.states
 
 
 def _log_probs(model: HymbaForCausalLM, hidden_nD: Tensor) -> Tensor:
     """(n, V) in float64."""
-    return torch.log_softmax(model.lm_head(hidden_nD).double(), dim=-1)
+    return torch.log_softmax(model.lm_head(hidden_nD.to(model.lm_head.weight.device)).double(), dim=-1)
 
 
 def _compare(old_nV: Tensor, new_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, ...]:

@@ -6,11 +6,14 @@ Legend: M meta tokens, H query heads, Q queries, K keys, n heads of a block.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hymba_align.inside.observing import ObservedAttention, hymba_in, observe
+from hymba_align.inside.passes import Watcher, run_rows
 from hymba_align.inside.result import Attention, LayerAttention, Shares
 from hymba_align.inside.rows import Row
 from hymba_align.inside.weights import WeightBlock
@@ -20,7 +23,6 @@ QUANTITIES = ("meta", "bos", "self", "cross", "entropy", "even_entropy")
 """What is averaged over text tokens, in the order of `Shares`."""
 
 
-@torch.no_grad()
 def measure_attention(model: nn.Module, rows: Iterable[Row], *, bos_token_id: int | None) -> Attention:
     """The attention of every layer and head, mean over all text tokens.
 
@@ -35,42 +37,55 @@ def measure_attention(model: nn.Module, rows: Iterable[Row], *, bos_token_id: in
     Raises:
         ValueError: no rows.
     """
-    hymba = hymba_in(model)
-    device = hymba.embed_tokens.weight.device
-    config = hymba.config
-    sums = torch.zeros(
-        config.num_hidden_layers, config.num_attention_heads, len(QUANTITIES), dtype=torch.float64, device=device
-    )
-    tokens = documents = longest = with_bos = 0
-    for row in rows:
-        bos = _bos_of_segments(row, bos_token_id)
+    sums = AttentionSums(model, bos_token_id)
+    run_rows(model, rows, [sums])
+    return sums.result()
 
-        def add(seen: ObservedAttention, bos: list[int | None] = bos) -> None:
-            meta = seen.row.meta_tokens
-            for block in seen.weights():
-                first = bos[block.segment]
-                heads = slice(block.heads.start, block.heads.stop)
-                sums[seen.layer, heads] += head_sums(block, meta, None if first is None else meta + first)
 
-        with observe(hymba, attention=add):
-            hymba(input_ids=row.input_ids[None].to(device), segments=row.tree, use_cache=False)
-        tokens += row.tree.num_tokens
-        documents += row.tree.num_segments
-        longest = max(longest, int((row.tree.ancestor_tokens + row.tree.lengths).max()))
-        with_bos += sum(first is not None for first in bos)
-    if not tokens:
-        raise ValueError("there are no rows, so there is no attention to measure; give at least one document")
-    layers = tuple(_layer(config, layer, heads) for layer, heads in enumerate((sums / tokens).tolist()))
-    return Attention(
-        tokens=tokens,
-        documents=documents,
-        longest=longest,
-        documents_with_bos=with_bos,
-        all_layers=_mean([one.mean for one in layers]),
-        global_layers=_mean_if_any([one.mean for one in layers if one.is_global]),
-        local_layers=_mean_if_any([one.mean for one in layers if not one.is_global]),
-        layers=layers,
-    )
+class AttentionSums(Watcher):
+    """Adds up the attention of every layer and head over the text tokens of all rows that run while it watches."""
+
+    def __init__(self, model: nn.Module, bos_token_id: int | None) -> None:
+        self.hymba, self.bos_token_id = hymba_in(model), bos_token_id
+        config, device = self.hymba.config, self.hymba.embed_tokens.weight.device
+        shape = config.num_hidden_layers, config.num_attention_heads, len(QUANTITIES)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.tokens = self.documents = self.longest = self.with_bos = 0
+
+    def watching(self, row: Row) -> AbstractContextManager[None]:
+        """Sees every weight of every layer."""
+        return observe(self.hymba, attention=partial(self._add, _bos_of_segments(row, self.bos_token_id)))
+
+    def _add(self, bos: list[int | None], seen: ObservedAttention) -> None:
+        meta = seen.row.meta_tokens
+        for block in seen.weights():
+            first = bos[block.segment]
+            heads = slice(block.heads.start, block.heads.stop)
+            self.sums[seen.layer, heads] += head_sums(block, meta, None if first is None else meta + first)
+
+    def ran(self, row: Row, hidden_TD: Tensor) -> None:
+        """Counts what the sums are over."""
+        self.tokens += row.tree.num_tokens
+        self.documents += row.tree.num_segments
+        self.longest = max(self.longest, int((row.tree.ancestor_tokens + row.tree.lengths).max()))
+        self.with_bos += sum(first is not None for first in _bos_of_segments(row, self.bos_token_id))
+
+    def result(self) -> Attention:
+        """The means. Raises: ValueError where no row has run."""
+        if not self.tokens:
+            raise ValueError("there are no rows, so there is no attention to measure; give at least one document")
+        config, means = self.hymba.config, (self.sums / self.tokens).tolist()
+        layers = tuple(_layer(config, layer, heads) for layer, heads in enumerate(means))
+        return Attention(
+            tokens=self.tokens,
+            documents=self.documents,
+            longest=self.longest,
+            documents_with_bos=self.with_bos,
+            all_layers=_mean([one.mean for one in layers]),
+            global_layers=_mean_if_any([one.mean for one in layers if one.is_global]),
+            local_layers=_mean_if_any([one.mean for one in layers if not one.is_global]),
+            layers=layers,
+        )
 
 
 def _layer(config: HymbaConfig, layer: int, heads: list[list[float]]) -> LayerAttention:

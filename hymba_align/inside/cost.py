@@ -32,6 +32,7 @@ from hymba_align.errors import UsageError
 from hymba_align.hardware import ROOM, machine_bytes
 from hymba_align.inference.serving_memory import cache_bytes
 from hymba_align.inside.result import CacheCost, Cost, DecodeCost
+from hymba_align.inside.showing import display, one_more
 from hymba_align.inside.transformer import (
     build_transformer,
     describe,
@@ -46,6 +47,7 @@ from hymba_align.model.cache import HymbaCache, LayerUpdate
 from hymba_align.model.configuration import HymbaConfig
 from hymba_align.model.modeling import HymbaModel
 from hymba_align.model.segments import SegmentTree
+from hymba_align.progress import Display
 
 CONTEXTS = (512, 2048, 8192)
 STEPS = 8
@@ -208,10 +210,12 @@ class _Sides:
         """Throughput at each context."""
         if not contexts:
             return ()
-        transformer = build_transformer(self.beside, self.dtype, self.device)
-        return tuple(self._decode_cost(transformer, context, rounds) for context in contexts)
+        turns = 2 * len(contexts) * (1 + rounds)  # and one that does not count
+        with display("Decoding beside a transformer", turns, "turns") as shown:
+            transformer = build_transformer(self.beside, self.dtype, self.device)
+            return tuple(self._decode_cost(transformer, context, rounds, shown) for context in contexts)
 
-    def _decode_cost(self, transformer: nn.Module, context: int, rounds: int) -> DecodeCost:
+    def _decode_cost(self, transformer: nn.Module, context: int, rounds: int, shown: Display) -> DecodeCost:
         tokens = context - self.steps - 1  # then a step that nobody times, and those that are timed
         rows = torch.arange(self.batch_size)
         filled = fill_cache(self.body, self.batch_size, tokens)
@@ -224,7 +228,7 @@ class _Sides:
             rewind(beside, tokens)
             return self._seconds(transformer, beside)
 
-        seconds = _take_turns((ours, theirs), rounds)
+        seconds = _take_turns((ours, theirs), rounds, partial(one_more, shown))
         rates = [[self.batch_size * self.steps / one for one in side] for side in seconds]
         ratios = [one / other for one, other in zip(*rates, strict=True)]
         return DecodeCost(
@@ -254,15 +258,23 @@ class _Sides:
         return logits.argmax(-1)
 
 
-def _take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """What each side gives in each round, after a call that does not count; every second round runs backwards."""
+def _take_turns(
+    sides: Sequence[Callable[[], float]], rounds: int, ended: Callable[[], None] = lambda: None
+) -> list[list[float]]:
+    """What each side gives in each round, after a call that does not count; every second round runs backwards.
+
+    Args:
+        ended: called after each turn, between what is timed.
+    """
     for side in sides:
         side()
+        ended()
     given: list[list[float]] = [[] for _ in sides]
     for turn in range(rounds):
         order = range(len(sides))
         for number in reversed(order) if turn % 2 else order:
             given[number].append(sides[number]())
+            ended()
     return given
 
 

@@ -3,7 +3,7 @@
 n documents (answers, pairs, problems), ν = n − 1.
 
 A difference counts when it is further from what it is compared with than Student's t with ν degrees of freedom is at
-5 %, two-sided, divided among the comparisons made (Bonferroni). Fewer than five documents support no claim.
+5 %, two-sided, divided among the comparisons that a sentence chooses from (Bonferroni). Fewer than five documents support no claim.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from hymba_align.inside.result import Measured
 
 ERROR_RATE = 0.05
 FEWEST = 5
+WORTH_TELLING = 0.01
+"""Share of tokens without a piece of their own from which on it is told, and a sign: one rare character in a text is none"""
 LEAST_PREFERENCE = 0.05
 """Relative difference from which on a meta token prefers a domain: differences that are more than chance but smaller are in
 every model, even of random weights (meta_tokens.py)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from statistics import fmean, median
 
-from hymba_align.inside.evidence import FEWEST, LEAST_PREFERENCE
+from hymba_align.inside.evidence import FEWEST, LEAST_PREFERENCE, WORTH_TELLING
 from hymba_align.inside.result import (
     Attention,
     Finding,
@@ -24,7 +24,7 @@ from hymba_align.inside.wording import count, layers, listed, number, percent, r
 from hymba_align.inspect_choices import Part
 
 SPELLED = 2.0
-"""Characters per token below which most tokens of a text are single characters"""
+"""Characters per token below which it is told that tokens are short: then many of them are single characters"""
 
 
 def findings(inspection: Inspection) -> tuple[Finding, ...]:
@@ -123,20 +123,24 @@ def of_fusion(fusion: Fusion) -> Iterator[Finding]:
     yield say(
         f"After norm and scale the SSM branch makes up {percent(fmean(shares))} of the squared size of both{each}."
     )
+    silent = [layer.layer for layer in fusion.layers if layer.attention.before == 0]
     ratios = [layer.ssm.before / layer.attention.before for layer in fusion.layers if layer.attention.before > 0]
-    larger = [layer.layer for layer in fusion.layers if layer.ssm.before > layer.attention.before]
+    larger = [layer.layer for layer in fusion.layers if layer.ssm.before > layer.attention.before > 0]
     if ratios:
         smaller = "smaller than attention in every layer" if max(ratios) < 1 else "nowhere larger than attention"
         told = f"larger than attention in {layers(larger)}" if larger else smaller
+        are = "is" if len(silent) == 1 else "are"
+        but = f"; attention is 0 in {layers(silent)}, which {are} left out here" if silent else ""
         yield say(
             f"Before the norms the SSM branch is {told}; its size is {number(min(ratios), 2)} to "
-            f"{number(max(ratios), 2)} times attention's (median {number(median(ratios), 2)})."
+            f"{number(max(ratios), 2)} times attention's (median {number(median(ratios), 2)}){but}."
         )
-    cosines = [layer.cosine for layer in fusion.layers]
-    yield say(
-        f"The cosine between both branches is {number(fmean(cosines), 2)} on average, from {number(min(cosines), 2)} to "
-        f"{number(max(cosines), 2)}."
-    )
+    cosines = [layer.cosine for layer in fusion.layers if layer.attention.after > 0 and layer.ssm.after > 0]
+    if cosines:
+        yield say(
+            f"The cosine between both branches is {number(fmean(cosines), 2)} on average, from {number(min(cosines), 2)} to "
+            f"{number(max(cosines), 2)}{', where neither is 0' if len(cosines) < len(fusion.layers) else ''}."
+        )
 
 
 # ---- meta tokens -----------------------------------------------------------------------------------------------------
@@ -218,26 +222,26 @@ def _spelled(meta: MetaTokens) -> Iterator[Finding]:
     for domain in domains:
         if domain.unknown > 0:
             yield say(
-                f"{percent(domain.unknown)} of the tokens in {_plain(domain.domain)} are unknown to the tokenizer, so its "
-                "texts are not read as they are.",
-                sign=True,
+                f"{percent(domain.unknown)} of the tokens in {_plain(domain.domain)} are unknown to the tokenizer, or single "
+                "bytes of characters for which it has no piece.",
+                sign=domain.unknown >= WORTH_TELLING,
             )
     letters = [one for one in domains if one.characters_per_token < SPELLED]
     if letters:
         lengths = [number(one.characters_per_token, 1) for one in letters]
         preferred = {one.domain for one in meta.preferences}.intersection(one.domain for one in letters)
-        follows = ", so what prefers them prefers letters and pieces of words" if preferred else ""
+        follows = ", so what prefers them prefers pieces as small as that" if preferred else ""
         span = min(lengths) if len(set(lengths)) == 1 else f"{min(lengths)} to {max(lengths)}"
         yield say(
-            f"The tokenizer spells {listed(_plain(one.domain) for one in letters)} almost letter by letter "
-            f"({span} characters per token){follows}."
+            f"In {listed(_plain(one.domain) for one in letters)} a token is {span} characters long on average{follows}."
         )
     longest = max(domains, key=lambda one: one.characters_per_token)
     short = [one for one in domains if one.characters_per_token < 0.5 * longest.characters_per_token]
     for domain in short:
         yield say(
-            f"The tokenizer spells {_plain(domain.domain)} in pieces: {number(domain.characters_per_token, 1)} characters "
-            f"per token, beside {number(longest.characters_per_token, 1)} in {_plain(longest.domain)}.",
+            f"Tokens are less than half as long in {_plain(domain.domain)} as in {_plain(longest.domain)} "
+            f"({number(domain.characters_per_token, 1)} and {number(longest.characters_per_token, 1)} characters): the tokenizer "
+            "may hardly know it.",
             sign=True,
         )
 

@@ -23,14 +23,26 @@ def of_importance(importance: Importance) -> Iterator[Finding]:
     if importance.documents < FEWEST:
         yield _too_few(importance)
         return
-    if _knows_nothing(importance):
+    if importance.chance is not None and not is_below(importance.whole, importance.chance, importance.documents):
         yield _say(
-            f"The loss of the whole model, {with_error(importance.whole)} nats per token, is not below random guessing "
-            f"({number(importance.chance or 0.0)}), so what removing heads does to it says nothing about them.",
+            f"The loss of the whole model, {with_error(importance.whole)} nats per token, is "
+            f"{beside_guessing(importance.whole, importance.chance, importance.documents)}, so what removing heads does to it "
+            "says nothing about them.",
             sign=True,
         )
         return
-    removals = _removals(importance)
+    removals = []
+    for layer, branch, removal in _removals(importance):
+        if math.isfinite(removal.change.mean):
+            removals.append((layer, branch, removal))
+        else:
+            yield _say(
+                f"Without the {BRANCH_WORDS[branch]} of layer {layer} {_metric(importance).lower()} is "
+                f"{number(removal.score)}.",
+                sign=True,
+            )
+    if not removals:
+        return
     yield from _first_layer(importance, removals)
     yield from _costliest(importance, removals)
     yield from _compared(importance)
@@ -64,18 +76,22 @@ def _too_few(importance: Importance) -> Finding:
     """What was measured over so few documents or problems that nothing can be claimed of others."""
     layer, branch, worst = max(_removals(importance), key=lambda one: _cost(importance, one[2]))
     read = count(importance.documents, _documents(importance))
+    told = (
+        f"and {_value(importance, worst.score)} without the {BRANCH_WORDS[branch]} of layer {layer}, whose removal costs most"
+        if _cost(importance, worst) > 0
+        else "and no removal makes it worse"
+    )
     return _say(
         f"{read} cannot tell what is more than chance (that takes {FEWEST}). On {'it' if importance.documents == 1 else 'them'} "
-        f"{_metric(importance).lower()} is {_value(importance, importance.whole.mean)} {importance.unit}, and "
-        f"{_value(importance, worst.score)} without the {BRANCH_WORDS[branch]} of layer {layer}, whose removal costs most."
+        f"{_metric(importance).lower()} is {_value(importance, importance.whole.mean)} {importance.unit}, {told}."
     )
 
 
-def _knows_nothing(importance: Importance) -> bool:
-    """Whether the whole model cannot be told from random guessing."""
-    if importance.chance is None:
-        return False
-    return not is_below(importance.whole, importance.chance, importance.documents)
+def beside_guessing(loss: Measured, chance: float, documents: int) -> str:
+    """How a loss that is not known to be below that of random guessing stands to it."""
+    if is_above(loss, chance, documents):
+        return f"above random guessing ({number(chance)})"
+    return f"not below random guessing ({number(chance)}) by more than chance"
 
 
 def _verdict(importance: Importance, removal: Removal, comparisons: int) -> int:
@@ -98,6 +114,11 @@ def _first_layer(importance: Importance, removals: Sequence[Removed]) -> Iterato
     n = importance.documents
     reports = f"{PAPER} reports that its own model falls to random guessing"
     verdict = _verdict(importance, found, 1)
+    if _changes_nothing(found):
+        yield _say(
+            f"Removing the first layer's SSM heads changes {_metric(importance).lower()} in no document; {reports}."
+        )
+        return
     if verdict >= 0:
         told = "cannot be told from chance" if verdict == 0 else "is an improvement"
         yield _say(
@@ -194,22 +215,29 @@ def _dearer(importance: Importance, layer: LayerImportance, n: int, comparisons:
 
 def _without_effect(importance: Importance, removals: Sequence[Removed]) -> Iterator[Finding]:
     """Branches that can go without a change that is more than chance."""
-    idle: dict[Branch, list[int]] = {"attention": [], "ssm": []}
-    for layer, branch, removal in removals:
-        if _verdict(importance, removal, len(removals)) == 0:
-            idle[branch].append(layer)
-    told = [f"the {BRANCH_WORDS[branch]} of {layers(found)}" for branch, found in idle.items() if found]
-    if told:
-        yield _say(
-            f"Removed alone, {listed(told)} change {_metric(importance).lower()} by no more than chance "
-            f"({count(importance.documents, _documents(importance))})."
-        )
+    read = count(importance.documents, _documents(importance))
+    for is_dead, words in (
+        (False, f"by no more than chance ({read})"),
+        (True, f"in none of {read}"),
+    ):
+        idle: dict[Branch, list[int]] = {"attention": [], "ssm": []}
+        for layer, branch, removal in removals:
+            if _changes_nothing(removal) == is_dead and _verdict(importance, removal, len(removals)) == 0:
+                idle[branch].append(layer)
+        told = [f"the {BRANCH_WORDS[branch]} of {layers(found)}" for branch, found in idle.items() if found]
+        if told:
+            yield _say(f"Removed alone, {listed(told)} change {_metric(importance).lower()} {words}.")
+
+
+def _changes_nothing(removal: Removal) -> bool:
+    """Whether no document's loss changed; of a task's problems the few that were asked may all go alike by chance."""
+    return removal.change == Measured(0.0, 0.0)
 
 
 def _cost(importance: Importance, removal: Removal) -> float:
     """What a removal costs, above 0 where the score gets worse."""
     change = removal.change.mean if importance.lower_is_better else -removal.change.mean
-    return change if math.isfinite(change) else math.inf
+    return math.inf if math.isnan(change) else change
 
 
 def _metric(importance: Importance) -> str:

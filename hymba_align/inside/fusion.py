@@ -6,6 +6,7 @@ Legend: M meta tokens, T text tokens of a row, I inner size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hymba_align.inside.observing import ObservedFusion, hymba_in, observe
+from hymba_align.inside.passes import Watcher, run_rows
 from hymba_align.inside.result import Branch, BranchSize, Fusion, LayerFusion
 from hymba_align.inside.rows import Row
 from hymba_align.model.branches import branch_norms
@@ -21,7 +23,6 @@ TOKENS_AT_ONCE = 1024
 """Of a layer, in float32: 13 MB per branch at an inner size of 3,200"""
 
 
-@torch.no_grad()
 def measure_fusion(model: nn.Module, rows: Iterable[Row]) -> Fusion:
     """The fusion of every layer, mean over all text tokens. Source: Hymba (arXiv 2411.13676), equation 3.
 
@@ -35,23 +36,39 @@ def measure_fusion(model: nn.Module, rows: Iterable[Row]) -> Fusion:
     Raises:
         ValueError: no rows.
     """
-    hymba = hymba_in(model)
-    device = hymba.embed_tokens.weight.device
-    sums = torch.zeros(hymba.config.num_hidden_layers, 6, dtype=torch.float64, device=device)
+    sums = FusionSums(model)
+    run_rows(model, rows, [sums])
+    return sums.result()
 
-    def add(seen: ObservedFusion) -> None:
+
+class FusionSums(Watcher):
+    """Adds up the sizes of both branches of every layer over the text tokens of all rows that run while it watches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.hymba = hymba_in(model)
+        self.device = self.hymba.embed_tokens.weight.device
+        self.sums = torch.zeros(self.hymba.config.num_hidden_layers, 6, dtype=torch.float64, device=self.device)
+        self.tokens = 0
+
+    def watching(self, row: Row) -> AbstractContextManager[None]:
+        """Sees both branches of every layer."""
+        return observe(self.hymba, fusion=self._add)
+
+    def _add(self, seen: ObservedFusion) -> None:
         branches = (seen.attention, seen.attention_normed, seen.ssm, seen.ssm_normed)
         for parts in zip(*(x[seen.row.meta_tokens :].split(TOKENS_AT_ONCE) for x in branches), strict=True):
-            sums[seen.layer] += _sums(*(part.float() for part in parts)).to(device)
+            self.sums[seen.layer] += _sums(*(part.float() for part in parts)).to(self.device)
 
-    tokens = 0
-    with observe(hymba, fusion=add):
-        for row in rows:
-            hymba(input_ids=row.input_ids[None].to(device), segments=row.tree, use_cache=False)
-            tokens += row.tree.num_tokens
-    if not tokens:
-        raise ValueError("there are no rows, so there is no fusion to measure; give at least one document")
-    return Fusion(tokens, tuple(_layer(hymba, layer, means) for layer, means in enumerate((sums / tokens).tolist())))
+    def ran(self, row: Row, hidden_TD: Tensor) -> None:
+        """Counts what the sums are over."""
+        self.tokens += row.tree.num_tokens
+
+    def result(self) -> Fusion:
+        """The means. Raises: ValueError where no row has run."""
+        if not self.tokens:
+            raise ValueError("there are no rows, so there is no fusion to measure; give at least one document")
+        means = (self.sums / self.tokens).tolist()
+        return Fusion(self.tokens, tuple(_layer(self.hymba, layer, of_layer) for layer, of_layer in enumerate(means)))
 
 
 def _sums(a_TI: Tensor, a_normed_TI: Tensor, y_TI: Tensor, y_normed_TI: Tensor) -> Tensor:

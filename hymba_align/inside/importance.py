@@ -1,21 +1,18 @@
-"""What each branch of each layer is worth: the score of the whole model, and of the model without it.
+"""What each branch of each layer is worth: the loss of the whole model, and of the model without it.
 
-A branch is removed by `without_branch` (model/branches.py). Every removal is scored over the same documents or problems
-as the whole model, so that the error of a change is a paired one.
+A branch is removed as by `without_branch` (model/branches.py). Every removal is scored over the same documents as the whole
+model, so that the error of a change is a paired one. `task_importance.py` has accuracies in place of the loss.
 
-Legend: M meta tokens, L tokens of a row with them, T without, D hidden size, S documents of a row, V vocabulary.
+Legend: M meta tokens, L tokens of a row with them, T without, D hidden size, I inner size, S documents of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,20 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hymba_align.errors import DataError
-from hymba_align.files import fingerprint
 from hymba_align.inside.observing import hymba_in
+from hymba_align.inside.passes import scored_places
 from hymba_align.inside.result import Branch, Importance, LayerImportance, Measured, Removal
 from hymba_align.inside.rows import Row
-from hymba_align.model.branches import BRANCHES, without_branch
-from hymba_align.model.modeling import LOGITS_AT_ONCE, NOT_SCORED, HymbaForCausalLM, HymbaModel
+from hymba_align.model.branches import BRANCHES, branch_norms
+from hymba_align.model.layers import HymbaDecoderLayer
+from hymba_align.model.modeling import LOGITS_AT_ONCE, HymbaForCausalLM, HymbaModel
 from hymba_align.model.plan import ForwardPlan
-from hymba_align.model.segments import ROOT
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from hymba_align.eval.result import TaskResult
-    from hymba_align.recipe_eval import EvalSection, Task
 
 Removed = tuple[int, Branch] | None
 """A layer and the branch that it lacks; None for the whole model"""
@@ -54,17 +45,14 @@ def _nothing() -> None:
     """For callers that show no progress."""
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def measure_loss_importance(
     model: nn.Module, rows: Iterable[Row], *, scored: Callable[[], None] = _nothing
 ) -> Importance:
     """The loss of every removal, in nats per token under the loss.
 
-    Exact: what each removal gives is to the bit what the model gives that runs whole within `without_branch`. The layers
-    below the removed branch run once for all removals above them: of n layers, n (n + 3) run instead of n (2n + 1).
+    Exact: what each removal gives is to the bit what the model gives that runs whole within `without_branch`. What lies
+    before the removal is computed once for all: of n layers, n² run, and 2n times the end of one, instead of n (2n + 1).
 
     The standard errors are those of a ratio of sums over documents (`measured`): documents are independent of each
     other, tokens of one are not. Source: Hymba (arXiv 2411.13676), its analysis of head importance.
@@ -159,11 +147,10 @@ class _Targets:
     @classmethod
     def of(cls, row: Row) -> _Targets:
         """As the model's own loss has it: a document's first token is predicted by nothing."""
-        before = row.tree.predecessors()
-        chosen = ((row.labels != NOT_SCORED) & (before != ROOT)).nonzero().flatten()
+        chosen, predicting = scored_places(row)
         documents = torch.arange(row.tree.num_segments).repeat_interleave(row.tree.lengths)[chosen]
         counts = documents.bincount(minlength=row.tree.num_segments)
-        return cls(before[chosen], row.labels[chosen], documents, counts.double().numpy())
+        return cls(predicting, row.labels[chosen], documents, counts.double().numpy())
 
     def losses(self, head: nn.Module, hidden_TD: Tensor) -> Sums:
         """(S,) summed loss of each document, from one tile of logits at a time; in float32 at least, added up in float64."""
@@ -182,24 +169,52 @@ class _Targets:
 
 
 def _every_removal(hymba: HymbaModel, row: Row) -> Iterator[tuple[Removed, Tensor]]:
-    """Last hidden states (T, D) of the whole model and of every removal over a row."""
-    taken: list[tuple[Tensor, ForwardPlan]] = []
-    hook = hymba.layers[0].register_forward_pre_hook(lambda _, given: taken.append((given[0], given[3])))
-    try:
-        ids = row.input_ids[None].to(hymba.embed_tokens.weight.device)
-        whole = hymba(input_ids=ids, segments=row.tree, use_cache=False).last_hidden_state[0]
-    finally:
-        hook.remove()
-    yield None, whole
-    [(x_LD, plan)] = taken
+    """Last hidden states (T, D) of every removal over a row, and of the whole model at the end."""
+    ids = row.input_ids[None].to(hymba.embed_tokens.weight.device)
+    x_LD = hymba.embed_tokens(ids)[0]
+    alone_S = torch.zeros(row.tree.num_segments, dtype=torch.int64)
+    plan = ForwardPlan.build(hymba.config, row.tree, alone_S, None, x_LD.dtype, x_LD.device)
+    x_LD = torch.cat([hymba.memory_tokens.to(x_LD.dtype), x_LD])
     stack = _Stack(hymba, plan)
     made: KeysAndValues = {}
-    for layer in range(len(hymba.layers)):
+    for index in range(len(hymba.layers)):
+        below_LD = x_LD
+        normed_LI: dict[Branch, Tensor] = {}
+        with _normed_branches(hymba, index, normed_LI):
+            x_LD = stack.run(below_LD, made, index, index + 1)
         for branch in BRANCHES:
-            with without_branch(hymba, layer, branch):
-                hidden_LD = hymba.final_layernorm(stack.run(x_LD, dict(made), layer, len(hymba.layers)))
-            yield (layer, branch), hidden_LD[plan.meta_tokens :]
-        x_LD = stack.run(x_LD, made, layer, layer + 1)
+            [kept_LI] = (normed for name, normed in normed_LI.items() if name != branch)
+            without_LD = _end_of_layer(hymba.layers[index], below_LD, kept_LI)
+            hidden_LD = stack.run(without_LD, dict(made), index + 1, len(hymba.layers))
+            yield (index, branch), hymba.final_layernorm(hidden_LD)[plan.meta_tokens :]
+    yield None, hymba.final_layernorm(x_LD)[plan.meta_tokens :]
+
+
+@contextmanager
+def _normed_branches(hymba: HymbaModel, layer: int, normed_LI: dict[Branch, Tensor]) -> Iterator[None]:
+    """Within, what the norms behind both branches of a layer give is noted."""
+
+    def note(branch: Branch, output: Tensor) -> None:
+        normed_LI[branch] = output
+
+    with ExitStack() as hooks:
+        for branch in BRANCHES:
+            [norm] = branch_norms(hymba, layer, branch)
+            hook = norm.register_forward_hook(lambda _, args, output, branch=branch: note(branch, output))
+            hooks.callback(hook.remove)
+        yield
+
+
+def _end_of_layer(layer: nn.Module, x_LD: Tensor, kept_LI: Tensor) -> Tensor:
+    """Output of a layer of this input, of whose branches one is removed: all that comes behind their norms.
+
+    Both branches and the keys and values of a layer are the same with a branch removed as without, and are not computed
+    again. `HymbaMixer.forward` and `HymbaDecoderLayer.forward` with zeros for the other branch, to the bit.
+    """
+    assert isinstance(layer, HymbaDecoderLayer)
+    x_LD = x_LD + layer.mamba.out_proj((kept_LI + 0.0) / 2)
+    output_LD: Tensor = x_LD + layer.moe(layer.pre_moe_layernorm(x_LD))
+    return output_LD
 
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
@@ -228,98 +243,3 @@ class _Stack:
             else:
                 made.pop(source, None)
         return x_LD
-
-
-# ---- tasks -----------------------------------------------------------------------------------------------------------
-
-
-def measure_task_importance(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    section: EvalSection,
-    task: Task,
-    *,
-    scored: Callable[[], None] = _nothing,
-) -> Importance:
-    """The share of problems that every removal solves, in percent.
-
-    The eval package's own scorer asks and grades, so that the whole model's score is that of `hymba-align eval` with the
-    same section, dtype and kind of device. Every removal answers every problem itself: answers are kept in a folder that
-    goes with its score, and no other removal sees it. The score is the task's first that is a mean over single problems.
-    Source: Hymba (arXiv 2411.13676), its analysis of head importance.
-
-    Args:
-        model: a Hymba with its head on its device, with or without LoRA adapters around it, in eval mode.
-        tokenizer: with the chat template that prompts are rendered with.
-        section: which problems, how they are asked, and the batch size; of its tasks only `task` is scored.
-        task: its name.
-        scored: called for every model that `scorings` counts.
-
-    Raises:
-        UsageError, GraderError: problems or settings that cannot be used.
-    """
-    hymba = hymba_in(model)
-    results: dict[Removed, TaskResult] = {None: _score(model, tokenizer, section, task, None)}
-    scored()
-    for layer in range(len(hymba.layers)):
-        for branch in BRANCHES:
-            with without_branch(hymba, layer, branch):
-                results[layer, branch] = _score(model, tokenizer, section, task, (layer, branch))
-            scored()
-    whole = results[None]
-    score = next(name for name in whole.scores if whole.problems(name) is not None)
-    found = whole.scores[score]
-    return Importance(
-        metric=task if score == whole.headline else f"{task} {score}",
-        unit="% correct",
-        lower_is_better=False,
-        whole=Measured(100 * found.value, None if found.stderr is None else 100 * found.stderr),
-        chance=None,
-        n=found.n,
-        documents=found.n,
-        layers=tuple(_task_layer(hymba, layer, results, score) for layer in range(len(hymba.layers))),
-    )
-
-
-def _score(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, section: EvalSection, task: Task, removed: Removed
-) -> TaskResult:
-    """The task's result of the model as it stands."""
-    from hymba_align.eval.inputs import scorer
-    from hymba_align.eval.run import TaskRun
-    from hymba_align.eval.sharing import Processes
-
-    template = {"name": "", "sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()}
-    with tempfile.TemporaryDirectory(prefix="hymba-align-") as folder:
-        run = TaskRun(
-            model=cast(HymbaForCausalLM, model),
-            tokenizer=tokenizer,
-            section=section,
-            out_dir=Path(folder),
-            checkpoint=str(_with_head(model).config.name_or_path),
-            chat_template=template,
-            processes=Processes.alone(),
-            identity=fingerprint(["removed", removed]),
-            terminal=io.StringIO(),  # one display counts the removals
-        )
-        return scorer(task)(run)
-
-
-def _task_layer(hymba: HymbaModel, layer: int, results: dict[Removed, TaskResult], score: str) -> LayerImportance:
-    whole, attention, ssm = results[None], results[layer, "attention"], results[layer, "ssm"]
-    return LayerImportance(
-        layer=layer,
-        is_global=hymba.config.is_global(layer),
-        attention=Removal(100 * attention.scores[score].value, _paired(whole, attention, score)),
-        ssm=Removal(100 * ssm.scores[score].value, _paired(whole, ssm, score)),
-        difference=_paired(attention, ssm, score),
-    )
-
-
-def _paired(before: TaskResult, after: TaskResult, score: str) -> Measured:
-    """By how much the score is higher after, in points, with the standard error over the problems that both answered."""
-    from hymba_align.eval.report.differences import difference
-
-    found = difference(before, after, score)
-    assert not isinstance(found, str), f"removals are scored alike, and yet cannot be compared: {found}"
-    return Measured(100 * found.value, None if found.stderr is None else 100 * found.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -23,11 +23,12 @@ from hymba_align.inside.result import (
 )
 from hymba_align.inside.rows import Row, pack_rows
 from hymba_align.inside.settings import Inputs, InspectSettings, read_inputs
+from hymba_align.inside.showing import display, forward_passes, one_more
 from hymba_align.inspect_choices import PARTS, Part
 from hymba_align.processes.launch import free_gpu_memory
-from hymba_align.progress import Display
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from hymba_align.model import HymbaConfig, HymbaForCausalLM
@@ -38,8 +39,6 @@ TOKENS_PER_ROW = 2048
 """Documents are packed into rows of so many tokens; a longer one has a row of its own"""
 MAP_TOKENS = 48
 """Of a document, that a map shows"""
-BETWEEN_LINES_S = 30.0
-"""Of progress in a log: as long as the whole step takes for a small model"""
 ALIGNMENT_DTYPE = "float32"
 PACKAGES = ("hymba-align", "transformers", "torch")
 NAMES: dict[Part, str] = {
@@ -67,9 +66,10 @@ def inspect_checkpoint(settings: InspectSettings, say: Callable[[str], None]) ->
     with quiet_libraries():
         inputs = read_inputs(settings)
         if inputs.words:
-            say(f"Read: {inputs.words}")
-        looking = _Looking(settings, inputs)
-        found = _measure(looking, say)
+            for line in f"Read: {inputs.words}".replace("\n", "\n  ").split("\n"):
+                say(line)
+        looking = _Looking(settings, inputs, say)
+        found = _measure(looking)
     inspection = Inspection(
         checkpoint=settings.checkpoint,
         against=settings.against,
@@ -87,7 +87,7 @@ def inspect_checkpoint(settings: InspectSettings, say: Callable[[str], None]) ->
     return replace(inspection, findings=findings(inspection))
 
 
-def _measure(looking: _Looking, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure(looking: _Looking) -> dict[str, Any]:
     """The parts, how long each took, and which are left out."""
     measures = {
         "attention": looking.attention,
@@ -100,6 +100,7 @@ def _measure(looking: _Looking, say: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     left_out: dict[str, str] = {}
+    say = looking.say
     for part in PARTS:
         reason = looking.reason_to_leave_out(part)
         if reason is not None:
@@ -110,7 +111,8 @@ def _measure(looking: _Looking, say: Callable[[str], None]) -> dict[str, Any]:
         began = time.perf_counter()
         found[part] = measures[part]()
         seconds[part] = time.perf_counter() - began
-        say(f"{NAMES[part]}: {seconds[part]:.1f} s")
+        with_attention = part == "fusion" and "attention" in found
+        say(f"{NAMES[part]}: {'seen with attention' if with_attention else f'{seconds[part]:.1f} s'}")
     return {**found, "seconds": seconds, "left_out": left_out}
 
 
@@ -130,12 +132,27 @@ def _shape(config: HymbaConfig, parameters: int) -> dict[str, int | str | bool]:
     }
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one pass of a model over the rows shows."""
+
+    attention: Attention
+    fusion: Fusion | None
+    """None where it was not looked at"""
+    states: Sequence[Tensor]
+    """Of each row, those that predict what is under the loss; none where no checkpoints are compared"""
+
+
 @dataclass
 class _Looking:
     """The checkpoints under inspection; each method measures the part of its name."""
 
     settings: InspectSettings
     inputs: Inputs
+    say: Callable[[str], None]
+    """Prints a line"""
+    seen: _Seen | None = None
+    """Of the checkpoint inspected, once the part on attention has run it"""
 
     def __post_init__(self) -> None:
         import torch
@@ -188,34 +205,47 @@ class _Looking:
         layers = self.settings.layers if self.settings.layers is not None else map_layers(self.inputs.config)
         document = self.inputs.text or self.inputs.documents[0]
         maps = attention_maps(self.model, document, self.tokenizer, layers, most_tokens=MAP_TOKENS)
-        return replace(self._attention_of(self.model), maps=maps)
+        self.seen = self._see(self.model, "Attention", fusion="fusion" in self.settings.parts)
+        return replace(self.seen.attention, maps=maps)
 
-    def _attention_of(self, model: HymbaForCausalLM) -> Attention:
-        from hymba_align.inside.attention import measure_attention
+    def _see(self, model: HymbaForCausalLM, words: str, *, fusion: bool = False) -> _Seen:
+        from hymba_align.inside.attention import AttentionSums
+        from hymba_align.inside.fusion import FusionSums
+        from hymba_align.inside.passes import PredictingStates, run_rows
 
-        return measure_attention(model, self.rows, bos_token_id=self.tokenizer.bos_token_id)
+        sums, states = AttentionSums(model, self.tokenizer.bos_token_id), PredictingStates()
+        fusions = [FusionSums(model)] if fusion else []
+        compares = self.reason_to_leave_out("alignment") is None
+        with forward_passes(words, len(self.rows), model):
+            run_rows(model, self.rows, [sums, *fusions, *([states] if compares else [])])
+        return _Seen(sums.result(), fusions[0].result() if fusions else None, states.states)
 
     def importance(self) -> tuple[Importance, ...]:
         """The loss, and the accuracy on each task, without each branch of each layer."""
-        from hymba_align.inside.importance import measure_loss_importance, measure_task_importance, scorings
+        from hymba_align.inside.importance import measure_loss_importance, scorings
 
-        scoring = self.settings.scoring
-        with _display("Loss without each branch", len(self.rows) * scorings(self.model), "rows") as display:
-            loss = measure_loss_importance(self.model, self.rows, scored=partial(_one_more, display))
-        found = [loss]
+        with display("Loss without each branch", len(self.rows) * scorings(self.model), "rows") as shown:
+            loss = measure_loss_importance(self.model, self.rows, scored=partial(one_more, shown))
+        return (loss, *self._importance_by_tasks())
+
+    def _importance_by_tasks(self) -> Iterator[Importance]:
+        from hymba_align.inside.task_importance import Kept, measure_task_importance
+
+        scoring, output = self.settings.scoring, self.settings.output
         if scoring is None:
-            return (loss,)
+            return
+        kept = Kept.of(self.settings.checkpoint, output) if output is not None else None
         for task in scoring.tasks:
-            with _display(f"{task} without each branch", scorings(self.model), "models") as display:
-                one_more = partial(_one_more, display)
-                found.append(measure_task_importance(self.model, self.tokenizer, scoring, task, scored=one_more))
-        return tuple(found)
+            yield measure_task_importance(self.model, self.tokenizer, scoring, task, kept=kept, say=self.say)
 
     def fusion(self) -> Fusion:
         """Sizes of both branches."""
         from hymba_align.inside.fusion import measure_fusion
 
-        return measure_fusion(self.model, self.rows)
+        if self.seen is not None and self.seen.fusion is not None:
+            return self.seen.fusion
+        with forward_passes("Fusion", len(self.rows), self.model):
+            return measure_fusion(self.model, self.rows)
 
     def meta_tokens(self) -> MetaTokens:
         """Which domains each meta token is for, and how far training moved it."""
@@ -238,35 +268,39 @@ class _Looking:
         pairs = None
         if inputs.pairs:
             pairs = measure_pairs(before, after, inputs.pairs, source=inputs.pairs_source, tokenizer=self.tokenizer)
+        rounded = after is not self.model
+        seen_before = self._see(before, "Attention before training")
+        seen_after = self._see(after, "Attention after training") if rounded else self.seen
+        states = seen_before.states, seen_after.states if seen_after is not None else self._states_of(after)
+        divergence = measure_divergence(before, after, self.rows, self.tokenizer, source=inputs.source, states=states)
         return Alignment(
             against=str(self.settings.against),
             weights=weights,
             whole=whole,
-            attention_before=self._attention_of(before),
-            attention_after=self._attention_of(after) if after is not self.model else None,
+            attention_before=seen_before.attention,
+            attention_after=seen_after.attention if rounded and seen_after is not None else None,
             pairs=pairs,
-            divergence=measure_divergence(before, after, self.rows, self.tokenizer, source=inputs.source),
+            divergence=divergence,
             dtype=ALIGNMENT_DTYPE,
         )
+
+    def _states_of(self, model: HymbaForCausalLM) -> Sequence[Tensor]:
+        from hymba_align.inside.passes import PredictingStates, run_rows
+
+        states = PredictingStates()
+        with forward_passes("Predictions after training", len(self.rows), model):
+            run_rows(model, self.rows, [states])
+        return states.states
 
     def cost(self) -> Cost:
         """What decoding takes; the checkpoint to compare with makes room first."""
         from hymba_align.inside.cost import measure_cost
 
+        self.seen = None
         self.__dict__.pop("compared", None)
         free_gpu_memory()
         contexts = tuple(self.settings.contexts or ())
         return measure_cost(self.model, contexts=contexts, batch_size=self.settings.batch_size)
-
-
-def _display(name: str, total: int, unit: str) -> Display:
-    """The progress of a part of this step."""
-    return Display(name, total, unit=unit, between_lines_s=BETWEEN_LINES_S, is_part=True)
-
-
-def _one_more(display: Display) -> None:
-    display.advance(display.done + 1)
-    display.tell()
 
 
 def map_layers(config: HymbaConfig) -> Sequence[int]:

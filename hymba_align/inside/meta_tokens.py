@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hymba_align.data.reading.examples import Lost
 from hymba_align.inside.evidence import FEWEST, LEAST_PREFERENCE
 from hymba_align.inside.observing import ObservedAttention, hymba_in, observe
 from hymba_align.inside.result import DomainAttention, MetaTokens, Preference
 from hymba_align.inside.rows import Document, pack_rows
+from hymba_align.inside.showing import forward_passes
 from hymba_align.inside.texts import Texts, read_texts
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ WHITE = frozenset(b"\t\n\r")
 def domain_documents(
     file: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int, *, documents: int = MOST_DOCUMENTS
 ) -> Texts:
-    """The texts of a domain, at most so many.
+    """The texts of a domain, at most so many; of those in a file of the user's own that say nearly the same, one.
+
+    A text that stands there twice says no more about its domain, and would count as evidence.
 
     Args:
         file: one of `SHIPPED_DOMAINS`, or anything that `read_texts` takes.
@@ -72,25 +74,14 @@ def domain_documents(
 
     Raises: DataError where nothing of it can be used.
     """
-    texts = without_repetitions(read_texts(str(file), tokenizer, documents=documents, max_length=max_length, seed=0))
-    if Path(file).parent != FOLDER:
+    ships = Path(file).parent == FOLDER
+    texts = read_texts(str(file), tokenizer, documents=documents, max_length=max_length, seed=0, distinct=not ships)
+    if not ships:
         return texts
     # Where the package is installed says nothing about what is in the file.
     prefix = f"{FOLDER}/"
     named = tuple(replace(one, name=one.name.removeprefix(prefix)) for one in texts.documents)
     return replace(texts, source=f"{Path(file).name}, which ships with hymba-align", documents=named)
-
-
-def without_repetitions(texts: Texts) -> Texts:
-    """The texts, each once: a text that stands there twice says no more about its domain, and would count as evidence."""
-    once = {document.token_ids: document for document in reversed(texts.documents)}
-    kept = tuple(document for document in texts.documents if once[document.token_ids] is document)
-    repeated = [
-        Lost(document.name, "a text that is there already")
-        for document in texts.documents
-        if once[document.token_ids] is not document
-    ]
-    return replace(texts, documents=kept, left_out=(*texts.left_out, *repeated))
 
 
 @dataclass(frozen=True)
@@ -138,8 +129,11 @@ def measure_meta_tokens(
     hymba = hymba_in(model)
     measured, shares = [], {}
     first, cut = beginnings({name: texts.documents for name, texts in domains.items()})
+    passes = sum(len(list(pack_rows(documents, tokens_per_row))) for documents in cut.values())
+    with forward_passes("Meta tokens", passes, hymba):
+        mass = {name: document_mass(hymba, texts, tokens_per_row=tokens_per_row) for name, texts in cut.items()}
     for name, documents in cut.items():
-        mass_NlM = document_mass(hymba, documents, tokens_per_row=tokens_per_row).cpu().numpy()
+        mass_NlM = mass[name].cpu().numpy()
         mass_NM = mass_NlM.mean(axis=1)
         shares[name] = mass_NM / mass_NM.sum(axis=1, keepdims=True)
         spelt = spelling(documents, tokenizer)

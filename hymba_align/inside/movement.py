@@ -23,8 +23,8 @@ from hymba_align.model.layers import HymbaMixer
 from hymba_align.model.modeling import HymbaForCausalLM
 
 ATTENTION, SSM, FUSION, MLP, NORMS = OF_LAYER = ("attention", "ssm", "fusion", "mlp", "norms")
-EMBEDDINGS, META_TOKENS, FINAL_NORM, HEAD = OF_NONE = ("embeddings", "meta tokens", "final norm", "head")
-"""`head` only where the language-model head is not the embeddings' own weights."""
+EMBEDDINGS, META_TOKENS, FINAL_NORM = OF_NONE = ("embeddings", "meta tokens", "final norm")
+"""The language-model head is the embeddings' own weights in every Hymba."""
 WHOLE = "all weights"
 AT_ONCE = 2**22
 """Numbers that are compared at a time: 34 MB in float64."""
@@ -42,7 +42,6 @@ SHAPE_KEYS = (
     "mamba_d_conv",
     "mamba_dt_rank",
     "kv_reuse_group",
-    "tie_word_embeddings",
 )
 """Of the configuration, in the order in which a difference is told."""
 
@@ -203,7 +202,6 @@ def _part_outside_layers(name: str) -> str:
         "model.embed_tokens.weight": EMBEDDINGS,
         "model.memory_tokens": META_TOKENS,
         "model.final_layernorm.weight": FINAL_NORM,
-        "lm_head.weight": HEAD,
     }
     return parts[name]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hymba_align.errors import ResultError, UsageError
+from hymba_align.errors import InspectError, ResultError
 from hymba_align.files import sync_file, sync_folder, write_json, write_text
 from hymba_align.run.lock import LEASE, LOCK, held
-from hymba_align.run.storage import writing
+from hymba_align.run.storage import AGAIN, writing
 
 if TYPE_CHECKING:
     from hymba_align.inside.result import Inspection
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 PAGE, NUMBERS, PLOTS = "inspect.html", "inspect.json", "plots"
 UNFINISHED = ".inspect."
 """Beginning of the name of a folder that is being written"""
-AGAIN = "then run the same command again"
+KEPT = f"{UNFINISHED}answers"
+"""Folder of scores and answers that an interrupted inspection left, so that the next one goes on from them"""
 
 
 def check_output(folder: Path) -> None:
-    """Raises UsageError unless the folder is absent, empty, or holds an inspection, which a new one takes the place of."""
+    """Raises InspectError unless the folder is absent, empty, or holds an inspection, which a new one takes the place of."""
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, and an inspection needs a folder there; name another one")
+        raise InspectError(f"{folder} is a file, and an inspection needs a folder there; name another one")
     if not folder.is_dir() or (folder / NUMBERS).is_file():
         return
     others = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
     if others:
-        raise UsageError(
+        raise InspectError(
             f"{folder} is not empty and holds no inspection (it has {others[0]}); name another folder, or an empty one"
         )
 
@@ -47,10 +48,10 @@ def _is_ours(path: Path) -> bool:
 def reserved(folder: Path) -> Iterator[None]:
     """Holds a folder for one inspection, after checking that it can take one; it goes again if nothing came into it.
 
-    Raises: UsageError for a folder that holds other things or is in use, StorageError for one that cannot be written.
+    Raises: InspectError for a folder that holds other things, InUseError for one in use, StorageError for one that cannot be written.
     """
     check_output(folder)
-    with writing(folder, resumes=AGAIN), held(folder):
+    with writing(folder, resumes=AGAIN), held(folder, resumes=AGAIN):
         yield
 
 
@@ -96,5 +97,15 @@ def write(inspection: Inspection, folder: Path) -> None:
         for name in (PLOTS, PAGE, NUMBERS):
             (unfinished / name).replace(folder / name)
         sync_folder(folder)
+        _forget_kept(folder, inspection)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _forget_kept(folder: Path, inspection: Inspection) -> None:
+    """Removes scores and answers of the tasks that the inspection has; what is kept of others stays."""
+    tasks = [one.metric.split()[0] for one in inspection.importance]
+    for file in (file for task in tasks for file in (folder / KEPT).glob(f"{task}.*")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or holds what is kept of other tasks
+        (folder / KEPT).rmdir()

@@ -15,7 +15,7 @@ from typing import Any
 from hymba_align.eval.report import html as report_page
 from hymba_align.eval.report.words import duration, moment
 from hymba_align.inside.evidence import ERROR_RATE, FEWEST
-from hymba_align.inside.findings_training import NOTICED
+from hymba_align.inside.findings_training import LOSS_FLOOR, LOSS_NOTICED, NOTICED
 from hymba_align.inside.page_tables import Table, tables
 from hymba_align.inside.plots import Plot
 from hymba_align.inside.result import Finding, Inspection
@@ -27,7 +27,7 @@ PAGE = Path(__file__).with_name("inspect.html.jinja")
 STYLE = Path(__file__).with_name("inspect.css")
 RULE = (
     f"Differences in losses, scores, divergences and log-probabilities count as more than chance at {100 * ERROR_RATE:.0f} %, "
-    f"divided among the comparisons made, and from {FEWEST} documents on; ± is the standard error of a mean over "
+    f"divided among those that a sentence chooses from, and from {FEWEST} documents on; ± is the standard error of a mean over "
     "documents, pairs or problems. Shares of attention, sizes and movements are exact for the texts that were read."
 )
 
@@ -41,7 +41,7 @@ TERMS: dict[Part, str] = {
     "fusion": "A layer's output is the mean of its two branches, each behind a norm and a learned scale. Sizes are root mean "
     "squares per channel; the squared size of a branch is what it adds to the sum of squares.",
     "meta_tokens": "Compared is the share that each meta token has of the attention on all of them; 1.05 times as much is 5 % "
-    "of that share more, while the plot shows the difference itself in percentage points of attention.",
+    "of that share more, while the plot shows the difference itself in percentage points of that attention.",
     "alignment": "A part of the weights moved by the length (Frobenius norm) of its difference, beside its length before. KL "
     "is how far the next-token distributions are apart, in nats. The margin is the log-probability of the chosen answer minus "
     "that of the rejected one.",
@@ -74,10 +74,12 @@ def html(inspection: Inspection, plots: Sequence[Plot]) -> str:
     rendered: str = report_page.template(PAGE).render(
         inspection=inspection,
         created=moment(inspection.created),
+        read=inspection.data.partition("\n")[0],
+        rows_left_out=inspection.data.split("\n")[1:],
         summary=short,
         signs=any(one.sign for one in inspection.findings),
         rule=_rule(inspection),
-        noticed=NOTICED,
+        noticed=f"{NOTICED} nats are none, but for a loss that rose by {100 * LOSS_NOTICED:.0f} % of itself and by {LOSS_FLOOR} nats",
         sections=_sections(inspection, plots),
         encoded=_encoded,
         left_out=_left_out(inspection),
@@ -133,7 +135,11 @@ def _left_out(inspection: Inspection) -> list[tuple[str, str]]:
 
 def _how(inspection: Inspection) -> list[tuple[str, list[tuple[str, str]]]]:
     """Facts about the checkpoint, the machine and the time it took, each list with its title."""
-    seconds = [(_name(part), duration(value)) for part, value in inspection.seconds.items()]
+    with_attention = {"fusion"} if "attention" in inspection.seconds else set()
+    seconds = [
+        (_name(part), "seen with attention" if part in with_attention else duration(value))
+        for part, value in inspection.seconds.items()
+    ]
     lists = [
         ("Checkpoint", [*_facts(inspection.shape), ("computed in", f"{inspection.dtype} on {inspection.device}")]),
         ("Time", seconds),

@@ -124,8 +124,8 @@ def draw_map(one: AttentionMap, name: str) -> Plot:
     canvas.colour_bar(figure, shown, axes, "", percent=True)
     kind = "global" if one.is_global else "local"
     caption = (
-        f"Attention of layer {one.layer} ({kind}) within the beginning of one text, mean over its heads; every row adds "
-        "up to 100 %."
+        f"Attention of layer {one.layer} ({kind}) within the first {count(size, 'token')} of {one.document}, mean over its heads; "
+        "every row adds up to 100 %. Another text: hymba-align inspect --text FILE."
     )
     if any(
         canvas.MISSING in word_shown and canvas.MISSING not in word

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hymba_align.errors import CheckpointError, DataError, DataFileError, RecipeError, TokenizerError, UsageError
+from hymba_align.errors import (
+    CheckpointError,
+    DataError,
+    DataFileError,
+    InspectError,
+    RecipeError,
+    TokenizerError,
+    UsageError,
+)
+from hymba_align.inside.evidence import WORTH_TELLING
+from hymba_align.inside.faults import COMMAND, Called, Longest, in_words_of
 from hymba_align.inside.rows import Document
 from hymba_align.inspect_choices import DOCUMENTS, MAX_LENGTH, PARTS, Part
 from hymba_align.recipe import DataSection, Recipe, is_local_path
@@ -24,8 +34,6 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 42
 READS_TEXTS: frozenset[Part] = frozenset(PARTS) - {"cost"}
 """Parts for which texts are read"""
-WORTH_TELLING = 0.01
-"""Share of tokens without a piece of their own from which on it is told"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class InspectSettings:
     """float32 or bfloat16; None: bfloat16 on a GPU, else float32"""
     seed: int = DEFAULT_SEED
     chat_template: str = "hymba"
+    called: Called = COMMAND
+    """How errors write what is asked for"""
+    output: Path | None = None
+    """Folder that it is written to, where the scores of tasks survive an interruption; None: they do not"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Inputs:
     source: str = ""
     """Where the documents are from"""
     words: str = ""
-    """About all that was read"""
+    """About all that was read, in a line; below it one for each reason why rows are left out"""
 
 
 def read_inputs(settings: InspectSettings) -> Inputs:
@@ -99,27 +111,36 @@ def read_inputs(settings: InspectSettings) -> Inputs:
     if tokenizer is None or not READS_TEXTS.intersection(settings.parts):
         return Inputs(config, tokenizer)
     inputs = read_texts_for(settings, config, tokenizer)
-    return replace(inputs, words=f"{inputs.words}{told}")
+    words, *reasons = inputs.words.split("\n")
+    return replace(inputs, words="\n".join([f"{words}{told}", *reasons]))
 
 
 def check_settings(settings: InspectSettings, config: HymbaConfig) -> None:
     """Raises UsageError for what is asked of a model of this shape that it cannot do, or files that are not there."""
     from hymba_align.inside.cost import check_contexts
 
+    if set(settings.parts) == {"alignment"} and settings.against is None:
+        raise InspectError(
+            "the part alignment compares with an earlier checkpoint, and none is given; name it with --against OTHER, or "
+            "ask for other parts"
+        )
     layers = config.num_hidden_layers
     for layer in settings.layers or ():
         if not 0 <= layer < layers:
-            raise UsageError(
+            raise InspectError(
                 f"layer {layer} is none of {settings.checkpoint}, which has layers 0 to {layers - 1}; name one of them"
             )
     if settings.scoring is not None and "importance" not in settings.parts:
         tasks = ", ".join(settings.scoring.tasks)
-        raise UsageError(
+        raise InspectError(
             f"accuracy on {tasks} is measured in the part importance, which is not asked for; add that part, or leave the "
             "tasks out"
         )
     if settings.contexts is not None and "cost" in settings.parts:
-        check_contexts(config, settings.contexts)
+        try:
+            check_contexts(config, settings.contexts)
+        except UsageError as error:
+            raise InspectError(str(error).replace("--contexts", settings.called.named("contexts"))) from error
     for name, path in settings.domains.items():
         if not Path(path).expanduser().exists():
             raise DataFileError(f"the domain {name} is to be read from {path}, which does not exist; correct the path")
@@ -175,23 +196,16 @@ def _check_comparable(settings: InspectSettings, config: HymbaConfig, tokenizer:
 
 def read_texts_for(settings: InspectSettings, config: HymbaConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Documents, pairs, domains and the text of the maps, for a model of this shape. Raises: UsageError."""
-    from hymba_align.inside.texts import read_texts
-
-    length = min(settings.max_length, config.max_position_embeddings)
     domains, left_out = _domains(settings, config, tokenizer)
-    read: list[Texts] = []
-    for section, held_out in ((settings.data, settings.held_out), (settings.preferences, False)):
-        if section is not None:
-            how = {"documents": settings.documents, "max_length": length, "seed": settings.seed}
-            read.append(read_texts(section, tokenizer, **how, held_out=held_out))
-    if settings.preferences is not None and not read[-1].pairs:
-        raise DataError(
-            f"{read[-1].source}: no row of it has a better and a worse answer; name a file of preferences, or leave it out"
-        )
-    text, cut = _text(settings.text, tokenizer, length) if settings.text is not None else (None, None)
-    documents = (
-        read[0].documents if read else tuple(document for texts in domains.values() for document in texts.documents)
+    no_domains = (
+        f"no text of any domain can be used ({next(iter(left_out.values()))})" if not domains and left_out else ""
     )
+    if no_domains and set(settings.parts) == {"meta_tokens"}:
+        raise DataError(f"{no_domains}; name a domain of shorter texts, or ask for other parts as well")
+    longest = _longest(settings, config)
+    read = _read(settings, longest, tokenizer)
+    text, cut = _text(settings.text, tokenizer, longest.tokens) if settings.text is not None else (None, None)
+    documents = read[0].documents if read else _of_all(domains, settings.documents)
     compares = settings.against is not None and "alignment" in settings.parts
     told = read if compares else [replace(texts, pairs=(), pairs_left_out=()) for texts in read]
     words = [f"{texts.summary()}{_about_unknown(texts.documents, tokenizer)}" for texts in told]
@@ -199,6 +213,7 @@ def read_texts_for(settings: InspectSettings, config: HymbaConfig, tokenizer: Pr
         words = [f"{len(documents):,} texts of {len(domains)} domains ({', '.join(domains)})"]
         words[0] += _about_unknown(documents, tokenizer)
     words += [f"the domain {name} is left out ({reason})" for name, reason in left_out.items()]
+    words += [part for name, path in settings.domains.items() for part in _about_own(name, path, domains.get(name))]
     words += [f"of {cut.place} {cut.reason}"] if cut is not None else []
     pairs = read[-1] if read and read[-1].pairs else None
     return Inputs(
@@ -208,11 +223,68 @@ def read_texts_for(settings: InspectSettings, config: HymbaConfig, tokenizer: Pr
         pairs.pairs if pairs is not None else (),
         pairs.source if pairs is not None else "",
         domains,
-        f"no text of any domain can be used ({next(iter(left_out.values()))})" if left_out and not domains else "",
+        no_domains,
         text,
         read[0].source if read else "texts of " + ", ".join(domains),
-        "; ".join(words),
+        "\n".join(["; ".join(words), *(reason for texts in told for reason in texts.why_left_out())]),
     )
+
+
+def _read(settings: InspectSettings, longest: Longest, tokenizer: PreTrainedTokenizerBase) -> list[Texts]:
+    """What the data and the preferences hold, as far as they are named. Raises: DataError, in the words of who named them."""
+    from hymba_align.inside.texts import read_texts
+
+    called, read = settings.called, []
+    for section, held_out, keys in (
+        (settings.data, settings.held_out, called.data),
+        (settings.preferences, False, called.preferences),
+    ):
+        if section is None:
+            continue
+        with in_words_of(keys, longest, of_training=called.in_recipe):
+            texts = read_texts(
+                section,
+                tokenizer,
+                documents=settings.documents,
+                max_length=longest.tokens,
+                seed=settings.seed,
+                held_out=held_out,
+            )
+        read.append(texts)
+    if settings.preferences is not None and not read[-1].pairs:
+        with in_words_of(called.preferences, longest, of_training=called.in_recipe):
+            raise DataError(_no_pair(read[-1]))
+    return read
+
+
+def _longest(settings: InspectSettings, config: HymbaConfig) -> Longest:
+    """How long a document may be: as long as was asked for, and no longer than the model's context."""
+    if config.max_position_embeddings <= settings.max_length:
+        return Longest(config.max_position_embeddings)
+    return Longest(settings.max_length, settings.called.named("max_length"))
+
+
+def _no_pair(texts: Texts) -> str:
+    """Why no pair came of the preferences, and what to do."""
+    what = "name a file of preferences, or leave it out"
+    if not texts.pairs_left_out:
+        return f"{texts.source}: no row of it has a better and a worse answer; {what}"
+    first = texts.pairs_left_out[0]
+    return f"{first.place}: {first.reason} (no pair came of {texts.source}; {what})"
+
+
+def _about_own(name: str, path: str, texts: Texts | None) -> Iterator[str]:
+    """Words about a domain of the user's own: whose place it takes, and which of its rows are left out."""
+    from hymba_align.data.counts import losses_by_reason
+    from hymba_align.inside.meta_tokens import SHIPPED_DOMAINS
+
+    if texts is None:
+        return
+    if name in SHIPPED_DOMAINS:
+        yield f"the domain {name} is {path}, in the place of the texts of that name that ship with hymba-align"
+    for reason, lost in losses_by_reason(texts.left_out):
+        rows = "row is" if len(lost) == 1 else "rows are"
+        yield f"of the domain {name} {len(lost):,} {rows} left out ({reason}, first {lost[0].place})"
 
 
 def _domains(
@@ -235,7 +307,8 @@ def _domains(
     length = config.max_position_embeddings
     for name, path in named.items():
         try:
-            found[name] = domain_documents(path, tokenizer, length, documents=settings.documents)
+            with in_words_of(None, Longest(length)):
+                found[name] = domain_documents(path, tokenizer, length, documents=settings.documents)
         except DataError as error:
             if name in settings.domains or not has_others:
                 raise
@@ -277,6 +350,16 @@ def trained_on(checkpoint: str, path: str) -> str:
     return ""
 
 
+def _of_all(domains: Mapping[str, Texts], documents: int) -> tuple[Document, ...]:
+    """At most so many documents of all domains together, as many of each and at least one, from its beginning to its end."""
+    chosen: list[Document] = []
+    for texts in domains.values():
+        there = len(texts.documents)
+        share = min(there, max(1, documents // len(domains)))
+        chosen += [texts.documents[place * there // share] for place in range(share)]
+    return tuple(chosen)
+
+
 def _about_unknown(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> str:
     """Words about characters for which the tokenizer has no piece; empty where there are next to none.
 
@@ -301,6 +384,8 @@ def _tokenizer(settings: InspectSettings) -> PreTrainedTokenizerBase | None:
     except TokenizerError as error:
         if not READS_TEXTS.intersection(settings.parts):
             return None
+        if str(error).startswith("chat_template "):
+            raise
         raise TokenizerError(
             f"{settings.checkpoint} has no tokenizer that can be used ({error}); put it there, or measure what needs none: "
             "--parts cost"

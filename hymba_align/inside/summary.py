@@ -34,7 +34,7 @@ def summary(inspection: Inspection) -> Summary:
 
 
 def _read(inspection: Inspection) -> str:
-    told = [f"Read: {inspection.data}."] if inspection.data else []
+    told = [f"Read: {inspection.data.partition(chr(10))[0]}."] if inspection.data else []
     return " ".join([*told, *([f"Compared with {inspection.against}."] if inspection.against else [])])
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hymba_align.data.conversations import ConversationMaker
-from hymba_align.data.counts import Counts, describe_losses
+from hymba_align.data.counts import Counts, describe_losses, losses_by_reason
+from hymba_align.data.inspection.duplicates import SHINGLE_WORDS, THRESHOLD, content_digest, find_duplicates
 from hymba_align.data.pairs import PairMaker
 from hymba_align.data.prepare import iterate_examples
 from hymba_align.data.reading.examples import (
@@ -27,6 +28,7 @@ from hymba_align.data.reading.examples import (
     Preference,
     QuestionAnswer,
 )
+from hymba_align.data.reading.raw_rows import not_utf8
 from hymba_align.data.reading.row_reader import RowReader, content_hash
 from hymba_align.data.reading.sources import open_source
 from hymba_align.data.records import ALL_HASHES
@@ -35,13 +37,13 @@ from hymba_align.data.settings import Settings
 from hymba_align.data.template import has_generation_markers
 from hymba_align.errors import ColumnsError, DataError, DataFileError
 from hymba_align.inside.rows import Document
+from hymba_align.inspect_choices import is_text_file
 from hymba_align.recipe import DataSection, SourceSection, TrainingStage
 from hymba_align.secrets import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIX = ".txt"
 TRIES = 4
 """How many times the rows that are wanted are held ready, because some may not fit."""
 
@@ -85,12 +87,20 @@ class Texts:
             parts.append(
                 _count(len(self.pairs), "pair") + (f", {made:,} with a wrong answer made for it" if made else "")
             )
-        parts += describe_losses(self.left_out)
+        if self.left_out:
+            parts.append(f"{_count(len(self.left_out), 'row')} left out")
         if self.shortened:
             first = self.shortened[0]
             parts.append(f"{len(self.shortened):,} shortened (first {first.place}: {first.reason})")
-        parts += [f"no pair of {part}" for part in describe_losses(self.pairs_left_out)]
+        parts += [
+            f"no pair from {_count(len(lost), 'row')} ({reason}, first {lost[0].place})"
+            for reason, lost in losses_by_reason(self.pairs_left_out)
+        ]
         return "; ".join(parts)
+
+    def why_left_out(self) -> list[str]:
+        """Why rows are left out: each reason with how many there are and the first one's place."""
+        return describe_losses(self.left_out)
 
 
 def read_texts(
@@ -101,6 +111,7 @@ def read_texts(
     max_length: int,
     seed: int,
     held_out: bool = False,
+    distinct: bool = False,
 ) -> Texts:
     """So many documents, and the pairs that DPO would make of their rows.
 
@@ -115,17 +126,22 @@ def read_texts(
         max_length: most tokens of a document, and of a prompt with its answer.
         seed: chooses the rows, and makes wrong answers as a recipe's seed does.
         held_out: only the rows that the section's `validation_fraction` keeps from training.
+        distinct: of rows that say the same or nearly the same, as `data check` tells them, one counts and the others are
+            left out.
 
-    Raises: DataError where nothing can be read, or nothing of it can be used.
+    Raises: DataError where nothing can be read, or nothing of it can be used; it begins with the first row's place.
     """
     section = data if isinstance(data, DataSection) else DataSection(path=str(data))
-    if is_text_file(section):
-        file = Path(section.path)
+    if is_text_file(section.path):
+        file = Path(section.path).expanduser()
         document, cut = document_of_text(text_of_file(file), section.path, tokenizer, max_length=max_length)
         return Texts(section.path, 1, (document,), (), shortened=(cut,) if cut is not None else ())
     read = _Reading(section, seed=section.seed if section.seed is not None else seed, held_out=held_out)
     wanted = documents * max(source.examples_per_conversation for source in section.all_sources)
-    waiting = read.chosen(TRIES * wanted)
+    waiting = read.chosen(TRIES * wanted, distinct=distinct)
+    repeated: list[Lost] = []
+    if distinct:
+        waiting, repeated = _each_once(waiting)
     maker = _Maker(section, tokenizer, max_length, read.seed)
     while waiting and len(maker.documents) < documents:
         missing = wanted - wanted * len(maker.documents) // documents
@@ -136,13 +152,12 @@ def read_texts(
         read.rows,
         tuple(maker.documents[:documents]),
         tuple(maker.pairs[:documents]),
-        (*read.lost, *maker.counts.lost),
+        (*read.lost, *repeated, *maker.counts.lost),
         (*maker.counts.cut, *maker.pair_counts.cut),
         tuple(maker.pair_counts.lost),
     )
     if not texts.documents:
-        why = "; ".join(describe_losses(texts.left_out)) or _nothing_held_out(section, held_out)
-        raise DataError(f"{read.name}: no row gives a document to look at: {why}")
+        raise DataError(_no_document(texts, section, held_out))
     return texts
 
 
@@ -167,8 +182,10 @@ def text_of_file(path: Path) -> str:
     """What a text file holds. Raises: DataFileError."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"{path}: it cannot be read as text in UTF-8 ({error}); save it as such") from error
+    except UnicodeDecodeError as error:
+        raise DataFileError(f"{path}: {not_utf8(error)}") from error
+    except OSError as error:
+        raise DataFileError(f"{path}: it cannot be read ({error.strerror or error}); name a file that can") from error
     if not text.strip():
         raise DataFileError(f"{path}: it holds no text; name a file that does")
     return text
@@ -184,16 +201,20 @@ def rows_fit(section: DataSection) -> bool:
     return True
 
 
-def is_text_file(section: DataSection) -> bool:
-    """Whether a section names a file of plain text, which is one document."""
-    return Path(section.path).suffix == TEXT_SUFFIX and Path(section.path).is_file()
-
-
-def _nothing_held_out(section: DataSection, held_out: bool) -> str:
+def _no_document(texts: Texts, section: DataSection, held_out: bool) -> str:
+    """Why nothing of the rows can be looked at, and what to do."""
+    if texts.left_out:
+        first, more = texts.left_out[0], len(texts.left_out) - 1
+        lists = "; 'hymba-align data check' lists why" if not all(one.overlong for one in texts.left_out) else ""
+        others = (
+            f" ({_count(more, 'more row')} of {texts.source} give{'s' if more == 1 else ''} no document either{lists})"
+        )
+        return f"{first.place}: {first.reason}{others if more else ''}"
     assert held_out, "a source without rows, and one without a row that can be read, were refused before"
     return (
-        f"data.validation_fraction is {section.validation_fraction:g}, which keeps none for validation; raise it, or name "
-        "a file of texts that were not trained on"
+        f"{texts.source}: no row gives a document to look at: data.validation_fraction is "
+        f"{section.validation_fraction:g}, which keeps none for validation; raise it, or name a file of texts that were "
+        "not trained on"
     )
 
 
@@ -208,6 +229,23 @@ class _Chosen:
     located: Located[Example] = field(compare=False)
 
 
+def _each_once(chosen: Sequence[_Chosen]) -> tuple[list[_Chosen], list[Lost]]:
+    """Of examples that say the same or nearly the same the first one, in the order given; and the others."""
+    found = find_duplicates(lambda: [one.located for one in chosen])
+    same = {place for group in found.exact for place in group.others}
+    nearly = {place for group in found.near for place in group.others} - same
+    alike = f"at least {100 * THRESHOLD:.0f} % of their runs of {SHINGLE_WORDS} words are the same"
+    lost = [
+        Lost(
+            place,
+            "it says the same as another row" if place in same else f"it says nearly the same as another row: {alike}",
+        )
+        for place in (one.located.place for one in chosen)
+        if place in same | nearly
+    ]
+    return [one for one in chosen if one.located.place not in same | nearly], lost
+
+
 class _Reading:
     """The examples of a section, and what became of its rows."""
 
@@ -217,9 +255,23 @@ class _Reading:
         self.rows = 0
         self.lost: list[Lost] = []
 
-    def chosen(self, most: int) -> list[_Chosen]:
-        """At most so many of the examples, in an order that follows from what they say and the seed."""
-        return heapq.nsmallest(most, self._all())
+    def chosen(self, most: int, *, distinct: bool = False) -> list[_Chosen]:
+        """At most so many of the examples, in an order that follows from what they say and the seed.
+
+        Args:
+            distinct: of those that say the same, the first alone.
+        """
+        return heapq.nsmallest(most, self._first_of_each() if distinct else self._all())
+
+    def _first_of_each(self) -> Iterator[_Chosen]:
+        known: set[bytes] = set()
+        for one in self._all():
+            digest = content_digest(one.located.value)
+            if digest in known:
+                self.lost.append(Lost(one.located.place, "it says the same as another row"))
+                continue
+            known.add(digest)
+            yield one
 
     def _all(self) -> Iterator[_Chosen]:
         for place, source in enumerate(self.section.all_sources):
@@ -252,8 +304,11 @@ def _examples(source: SourceSection) -> Iterator[Located[Example] | Lost]:
     one = DataSection(sources=(source,))
     try:
         yield from iterate_examples(one, "sft")
-    except ColumnsError:  # raised for the first row that can be read, before any is given out
-        yield from iterate_examples(one, "dpo")
+    except ColumnsError as error:  # raised for the first row that can be read, before any is given out
+        try:
+            yield from iterate_examples(one, "dpo")
+        except ColumnsError:  # which would ask for preferences
+            raise error from None
 
 
 class _Maker:

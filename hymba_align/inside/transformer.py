@@ -34,9 +34,10 @@ def transformer_config(config: HymbaConfig) -> LlamaConfig:
     """The transformer's configuration beside that of a checkpoint.
 
     Every size is the checkpoint's own, times Llama-3.2-3B's over Hymba-1.5B's, rounded: layers (7/8), hidden size (1.92),
-    head size (2), key/value heads (8/5), query heads (24/25), MLP and vocabulary. Query heads are a multiple of key/value
-    heads, and the hidden size is a multiple of 8 times the query heads. For Hymba-1.5B this is Llama-3.2-3B, whatever
-    the size of its vocabulary.
+    head size (2), query heads (24/25), MLP and vocabulary. Query heads share keys and values by threes, as in Llama-3.2-3B
+    and whatever the checkpoint's do: how a checkpoint groups its own heads is its merit or fault, and not the transformer's.
+    The hidden size is a multiple of 8 times the query heads. For Hymba-1.5B this is Llama-3.2-3B, whatever the size of its
+    vocabulary.
     """
     released = HymbaConfig()  # its defaults are Hymba-1.5B's
 
@@ -44,13 +45,13 @@ def transformer_config(config: HymbaConfig) -> LlamaConfig:
         exact = LLAMA_3B[size] * getattr(config, size) / getattr(released, size)
         return unit * max(1, round(exact / unit))
 
-    groups = scaled("num_key_value_heads")
-    heads = scaled("num_attention_heads", groups)
+    shared_by = LLAMA_3B["num_attention_heads"] // LLAMA_3B["num_key_value_heads"]
+    heads = scaled("num_attention_heads", shared_by)
     sizes: dict[str, Any] = {
         "num_hidden_layers": scaled("num_hidden_layers"),
         "hidden_size": scaled("hidden_size", WIDTH_STEP * heads),
         "num_attention_heads": heads,
-        "num_key_value_heads": groups,
+        "num_key_value_heads": heads // shared_by,
         "head_dim": scaled("head_dim", 2),  # RoPE turns pairs
         "intermediate_size": scaled("intermediate_size"),
         "vocab_size": LLAMA_3B["vocab_size"],

@@ -21,7 +21,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from hymba_align.errors import HymbaAlignError, InUseError, RunFolderError
 from hymba_align.files import read_json
-from hymba_align.run.storage import writing
+from hymba_align.run.storage import RESUMES, writing
+from hymba_align.terminal import print_words
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock, LeaseCompromise, SoftFileLease
@@ -42,11 +42,12 @@ NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, lease_s: float = LEASE_S) -> Iterator[None]:
+def held(folder: Path, *, lease_s: float = LEASE_S, resumes: str = RESUMES) -> Iterator[None]:
     """Holds a folder for this process alone; it is made when absent, and removed again if nothing came into it.
 
     Args:
         lease_s: seconds without a sign of life after which a holder on another machine counts as dead; the same for all.
+        resumes: end of the message where the folder cannot be written: how to go on afterwards.
     Raises:
         RunFolderError: another process holds it; who, and what to do. Or no folder can be of that name.
         StorageError: the folder cannot be written.
@@ -58,7 +59,7 @@ def held(folder: Path, *, lease_s: float = LEASE_S) -> Iterator[None]:
         if folder.exists() and not existed:
             raise RunFolderError(f"{folder} is a file, and a folder is needed there; name another")
     with contextlib.ExitStack() as stack:
-        with writing(folder):
+        with writing(folder, resumes=resumes):
             lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
             if not existed:
                 stack.callback(_remove_if_empty, folder)
@@ -177,7 +178,7 @@ def _take(lease: SoftFileLease, folder: Path, lease_s: float) -> None:
         owner = lease.owner
     if owner is not None:
         told = f"{folder} was last used by process {owner.pid} on {_host(owner.hostname)}; "
-        print(f"{told}waiting {lease_s:.0f} s to see whether it still runs", file=sys.stderr, flush=True)
+        print_words(f"{told}waiting {lease_s:.0f} s to see whether it still runs", stderr=True)
     try:
         lease.acquire(timeout=lease_s + 2 * lease_s / 3, poll_interval=min(0.5, lease_s / 10))
     except Timeout:

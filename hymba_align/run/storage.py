@@ -20,7 +20,8 @@ GONE = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errn
 # or without any (torch, which says only that it wrote less than it should have).
 OS_ERROR = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)\b")
 TORN_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos", re.DOTALL)
-RESUMES = "then run the same command again: it continues from the last complete checkpoint"
+AGAIN = "then run the same command again"
+RESUMES = f"{AGAIN}: it continues from the last complete checkpoint"
 
 
 @contextlib.contextmanager

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from hymba_align.inside.settings import InspectSettings
 
 TOKENIZER = "data/arithmetic/tokenizer"
 SMALL = {
@@ -44,3 +47,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Calla
 def earlier(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
     """What it is compared with; no test changes it."""
     return write_checkpoint(tmp_path_factory.mktemp("inspected") / "before", 2)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[InspectSettings]:
+    """What the command would look at; it is interrupted then."""
+    found: list[InspectSettings] = []
+
+    def note(settings: InspectSettings, say: Callable[[str], None]) -> None:
+        found.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hymba_align.inside.inspecting.inspect_checkpoint", note)
+    return found

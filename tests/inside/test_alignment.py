@@ -327,6 +327,17 @@ def test_changes_are_per_token_and_margins_per_pair(models: Models) -> None:
     assert scored.preferred_before != scored.preferred_after
 
 
+def test_the_end_of_a_prompt_and_the_beginnings_of_answers_are_shown(
+    models: Models, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "SHOWN_CHARACTERS", 4)
+    pair = pairs()[0]
+    (shown,) = measure_pairs(models.before, models.before, [pair], source="made up", tokenizer=tokenizer).examples
+    assert shown.prompt == tokenizer.decode(list(pair.prompt_ids))[-4:]
+    assert shown.chosen == tokenizer.decode(list(pair.chosen_ids))[:4]
+    assert shown.rejected == tokenizer.decode(list(pair.rejected_ids))[:4]
+
+
 def test_the_log_probabilities_are_those_that_trl_computes_for_the_dpo_stage(
     small_base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,10 +401,10 @@ def test_no_pair_and_models_of_other_shapes_are_refused(
 def test_vocabularies_in_which_a_number_means_another_token_are_refused(tokenizer: Any) -> None:
     other = load_tokenizer(str(ROOT / "data" / "arithmetic" / "tokenizer"))
     check_same_vocabulary(tokenizer, other, "a", "b")
-    other.add_tokens(["<new>"])
+    other.add_tokens(["<new>", "<zone>"])
     with pytest.raises(TokenizerError) as error:
         check_same_vocabulary(tokenizer, other, "runs/sft/final", "runs/dpo/final")
     assert str(error.value) == (
-        "runs/dpo/final and runs/sft/final cannot be compared: their tokenizers differ in 1 token, such as '<new>' (596 in "
+        "runs/dpo/final and runs/sft/final cannot be compared: their tokenizers differ in 2 tokens, such as '<new>' (596 in "
         "the one, missing in the other); compare checkpoints with one vocabulary"
     )

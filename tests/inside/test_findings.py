@@ -16,19 +16,15 @@ from hymba_align.inside.evidence import is_above, is_below, limit, of_problems
 from hymba_align.inside.findings import findings
 from hymba_align.inside.result import (
     DomainAttention,
-    Importance,
     Inspection,
     Measured,
     MetaTokens,
-    Removal,
 )
 
 MADE_UP = runpy.run_path(str(Path(__file__).with_name("made_up.py")))
 make: Callable[..., Inspection] = MADE_UP["inspection"]
 said: Callable[..., list[str]] = MADE_UP["said"]
 about: Callable[[list[str], str], str] = MADE_UP["about"]
-BRANCHES = ("attention", "ssm")
-PAPER = "the Hymba paper (arXiv 2411.13676)"
 
 
 @pytest.fixture(scope="module")
@@ -107,80 +103,30 @@ def test_heads_with_a_majority_on_meta_tokens_are_counted(inspection: Inspection
     )
 
 
-# ---- importance ------------------------------------------------------------------------------------------------------
+# ---- fusion and meta tokens ------------------------------------------------------------------------------------------
 
 
-def with_first_ssm(inspection: Inspection, change: float, stderr: float) -> Inspection:
-    """The loss with another change where the first layer's SSM heads are removed."""
-    loss = inspection.importance[0]
-    removal = Removal(loss.whole.mean + change, Measured(change, stderr))
-    first = replace(loss.layers[0], ssm=removal)
-    return replace(inspection, importance=(replace(loss, layers=(first, *loss.layers[1:])),))
-
-
-def first_layer(inspection: Inspection) -> str:
-    return about(said(inspection, "importance"), "first layer")
-
-
-def test_the_first_layer_at_the_level_of_random_guessing_is_what_the_paper_reports(inspection: Inspection) -> None:
-    assert first_layer(with_first_ssm(inspection, 5.9, 0.1)) == (
-        "Without the first layer's SSM heads the loss goes from 0.412 to 6.312 nats per token, at the level of random "
-        f"guessing (6.390), the costliest of 8 removals: it shows what {PAPER} reports of its own model."
+def test_a_branch_of_nothing_enters_no_ratio_and_no_cosine(inspection: Inspection) -> None:
+    assert inspection.fusion is not None
+    size = inspection.fusion.layers[0].ssm
+    sizes = [(1.0, 0.25, 0.1), (0.0, 0.5, 0.0), (2.0, 1.0, 0.3)]  # attention before, SSM before, cosine
+    each = tuple(
+        replace(
+            layer,
+            attention=replace(size, before=a, after=a),
+            ssm=replace(size, before=y, after=y),
+            cosine=cosine,
+        )
+        for layer, (a, y, cosine) in zip(inspection.fusion.layers, sizes, strict=False)
     )
-
-
-def test_the_first_layer_short_of_random_guessing_is_told_with_how_far_it_gets(inspection: Inspection) -> None:
-    assert first_layer(with_first_ssm(inspection, 2.989, 0.1)) == (
-        "Without the first layer's SSM heads the loss goes from 0.412 to 3.401 nats per token, 50.0 % of the way to random "
-        f"guessing (6.390), the costliest of 8 removals; {PAPER} reports that its own model falls to random guessing."
+    sentences = said(replace(inspection, fusion=replace(inspection.fusion, layers=each)), "fusion")
+    assert about(sentences, "Before the norms") == (
+        "Before the norms the SSM branch is smaller than attention in every layer; its size is 0.25 to 0.50 times "
+        "attention's (median 0.38); attention is 0 in layer 1, which is left out here."
     )
-
-
-def test_too_few_documents_do_not_bring_the_first_layer_to_random_guessing(inspection: Inspection) -> None:
-    assert first_layer(with_first_ssm(inspection, 4.0, 1.5)) == (
-        "Without the first layer's SSM heads the loss goes from 0.412 to 4.412 nats per token, 66.9 % of the way to random "
-        "guessing (6.390), which 40 documents do not tell apart, the costliest of 8 removals, not told apart by more than chance from 7 others; "
-        f"{PAPER} reports that its own model falls to random guessing."
+    assert about(sentences, "The cosine") == (
+        "The cosine between both branches is 0.20 on average, from 0.10 to 0.30, where neither is 0."
     )
-
-
-def test_the_first_layer_beyond_random_guessing_is_said_to_be(inspection: Inspection) -> None:
-    assert "beyond random guessing" in first_layer(with_first_ssm(inspection, 9.0, 0.1))
-
-
-def test_a_change_of_the_first_layer_within_chance_is_said_to_be(inspection: Inspection) -> None:
-    assert first_layer(with_first_ssm(inspection, 0.05, 0.04)) == (
-        "Removing the first layer's SSM heads changes the loss by +0.050 ± 0.040 nats per token, which cannot be told from "
-        f"chance; {PAPER} reports that its own model falls to random guessing."
-    )
-
-
-def test_a_model_that_guesses_makes_no_claim_about_its_heads(inspection: Inspection) -> None:
-    loss = replace(inspection.importance[0], whole=Measured(6.38, 0.03))
-    assert said(replace(inspection, importance=(loss,)), "importance") == [
-        "The loss of the whole model, 6.380 ± 0.030 nats per token, is not below random guessing (6.390), so what removing "
-        "heads does to it says nothing about them."
-    ]
-
-
-def test_too_few_documents_are_said_to_be_too_few_and_not_a_model_that_guesses(inspection: Inspection) -> None:
-    few = with_first_ssm(replace(inspection, importance=inspection.importance[:1]), 5.9, 0.1).importance[0]
-    assert said(replace(inspection, importance=(replace(few, documents=4),)), "importance") == [
-        "4 documents cannot tell what is more than chance (that takes 5). On them the loss is 0.412 nats per token, and 6.312 "
-        "without the SSM heads of layer 0, whose removal costs most."
-    ]
-    assert len(said(replace(inspection, importance=(replace(few, documents=5),)), "importance")) > 1
-
-
-def test_removals_that_cost_the_same_are_not_ranked_apart(inspection: Inspection) -> None:
-    task = inspection.importance[1]
-    gone = Removal(0.0, Measured(-92.5, 0.0))
-    first = replace(task.layers[0], attention=gone, ssm=gone)
-    sentences = said(replace(inspection, importance=(replace(task, layers=(first, *task.layers[1:])),)), "importance")
-    assert "the costliest of 8 removals, not told apart by more than chance from 1 other;" in about(
-        sentences, "Without the first layer"
-    )
-    assert "not told apart by more than chance from layer 0's SSM heads" in about(sentences, "The costliest removal")
 
 
 def test_equal_shares_of_the_branches_are_no_range(inspection: Inspection) -> None:
@@ -189,83 +135,6 @@ def test_equal_shares_of_the_branches_are_no_range(inspection: Inspection) -> No
     assert about(
         said(replace(inspection, fusion=replace(inspection.fusion, layers=alike)), "fusion"), "squared size"
     ) == ("After norm and scale the SSM branch makes up 49.8 % of the squared size of both, in every layer.")
-
-
-def test_a_branch_without_which_the_loss_is_better_is_a_sign(inspection: Inspection) -> None:
-    loss = inspection.importance[0]
-    worse = replace(loss.layers[2], attention=Removal(0.312, Measured(-0.1, 0.01)))
-    changed = replace(loss, layers=(*loss.layers[:2], worse, *loss.layers[3:]))
-    assert said(replace(inspection, importance=(changed,)), "importance", signs=True) == [
-        "The loss is better without the attention heads of layer 2: −0.100 ± 0.010 nats per token."
-    ]
-    within = replace(worse, attention=Removal(0.312, Measured(-0.1, 0.04)))  # above chance, were it the only removal
-    changed = replace(loss, layers=(*loss.layers[:2], within, *loss.layers[3:]))
-    assert said(replace(inspection, importance=(changed,)), "importance", signs=True) == []
-
-
-def test_branches_are_compared_layer_by_layer(inspection: Inspection) -> None:
-    def with_differences(importance: Importance, differences: list[float]) -> list[str]:
-        each = tuple(
-            replace(layer, difference=Measured(difference, 0.1))
-            for layer, difference in zip(importance.layers, differences, strict=True)
-        )
-        return said(replace(inspection, importance=(replace(importance, layers=each),)), "importance")
-
-    loss, task = inspection.importance
-    assert about(with_differences(loss, [1.0, 1.0, -1.0, 0.1]), "By the loss") == (
-        "By the loss, the SSM heads are worth more than the attention heads in layers 0 and 1; the attention heads are worth "
-        "more than the SSM heads in layer 2; neither can be told to be worth more in layer 3."
-    )
-    assert about(
-        with_differences(loss, [1.0, 1.0, 0.23, -0.23]), "By the loss"
-    ).endswith(  # 2.3 errors, of 2.6 for four
-        "neither can be told to be worth more in layers 2 and 3."
-    )
-    assert about(with_differences(task, [1.0, 1.0, 1.0, 1.0]), "By the score") == (
-        "By the score on gsm8k, the attention heads are worth more than the SSM heads in layers 0–3."
-    )
-
-
-def test_the_costliest_removal_is_named_with_the_next_where_they_are_not_told_apart(inspection: Inspection) -> None:
-    loss = inspection.importance[0]
-    costs = [(0.1, 0.2), (0.3, 0.4), (3.0, 0.5), (2.9, 0.6)]
-
-    def costliest(stderr: float) -> str:
-        each = tuple(
-            replace(
-                layer,
-                **{
-                    name: Removal(0.4 + cost, Measured(cost, stderr)) for name, cost in zip(BRANCHES, pair, strict=True)
-                },
-            )
-            for layer, pair in zip(loss.layers, costs, strict=True)
-        )
-        return about(
-            said(replace(inspection, importance=(replace(loss, layers=each),)), "importance"), "costliest removal"
-        )
-
-    assert costliest(0.01) == (
-        "The costliest removal is layer 2's attention heads: +3.000 ± 0.010 nats per token; half of all removals cost 0.450 "
-        "or less."
-    )
-    assert costliest(0.02) == (  # 0.1 apart, with errors of 0.04 at most and 2.8 of them to be certain of seven
-        "The costliest removal is layer 2's attention heads, not told apart by more than chance from layer 3's attention heads: "
-        "+3.000 ± 0.020 nats per token; half of all removals cost 0.450 or less."
-    )
-
-
-def test_where_no_removal_is_more_than_chance_that_is_said(inspection: Inspection) -> None:
-    loss = inspection.importance[0]
-    small = Removal(0.422, Measured(0.01, 0.01))
-    idle = tuple(replace(layer, attention=small, ssm=small, difference=Measured(0.0, 0.01)) for layer in loss.layers)
-    sentences = said(replace(inspection, importance=(replace(loss, layers=idle),)), "importance")
-    assert about(sentences, "No removal") == (
-        "No removal of one branch of one layer makes the loss worse by more than chance (8 removals, 40 documents)."
-    )
-    assert not [one for one in sentences if "costliest removal" in one]
-
-
-# ---- fusion and meta tokens ------------------------------------------------------------------------------------------
 
 
 def test_a_branch_that_adds_nothing_is_a_sign(inspection: Inspection) -> None:
@@ -312,7 +181,38 @@ def with_meta(inspection: Inspection, **changes: Any) -> list[str]:
     return said(replace(inspection, meta_tokens=meta), "meta_tokens")
 
 
+def test_domains_are_told_by_what_their_meta_tokens_draw_largest_first(inspection: Inspection) -> None:
+    assert inspection.meta_tokens is not None
+    shares = (0.01, 0.02, 0.005)
+    domains = tuple(
+        replace(one, mass=(mass,) * 16) for one, mass in zip(inspection.meta_tokens.domains, shares, strict=False)
+    )
+    assert about(with_meta(inspection, domains=domains), "all meta tokens together").startswith(
+        "Of the text's attention, all meta tokens together draw 32.0 % in code, 16.0 % in maths and 8.0 % in text ("
+    )
+
+
+def test_meta_tokens_that_stayed_are_said_to_have_stayed(inspection: Inspection) -> None:
+    assert inspection.meta_tokens is not None
+    assert inspection.meta_tokens.movement is not None
+    one = inspection.meta_tokens.movement[0]
+    moved = tuple(
+        replace(one, token=token, distance=relative, relative=relative)
+        for token, relative in enumerate((0.5, 0.1, 0.3))
+    )
+    assert about(with_meta(inspection, movement=moved), "Training") == (
+        "Training moved meta tokens by 30.0 % of their length on average: token 0 most (50.0 %), token 1 least (10.0 %)."
+    )
+    still = tuple(replace(one, distance=0.0, relative=0.0) for one in moved)
+    assert about(with_meta(inspection, movement=still), "Training") == (
+        "Training left every meta token as it was, to the bit."
+    )
+
+
 def test_meta_tokens_that_prefer_a_domain_are_named(inspection: Inspection) -> None:
+    assert inspection.meta_tokens is not None
+    clearest = max(inspection.meta_tokens.preferences, key=lambda one: one.z)
+    assert about(with_meta(inspection), "The clearest").startswith(f"The clearest is token {clearest.token} for ")
     assert with_meta(inspection)[0] == (
         "2 of 16 meta tokens get at least 1.05 times as much of the attention on meta tokens in one domain as in the mean of the others, "
         "by over 3.4 standard errors: 1 in maths (3) and 1 in code (15)."
@@ -324,6 +224,10 @@ def test_without_preferences_that_is_said_with_the_limit(inspection: Inspection)
         "No meta token gets at least 1.05 times as much of the attention on meta tokens in one domain (maths, code, text and "
         "function calls) as in the mean of the others by more than chance (over 3.4 standard errors)."
     )
+    assert inspection.meta_tokens is not None
+    few, *others = inspection.meta_tokens.domains
+    domains = (replace(few, documents=4), *others)  # not compared
+    assert "(code, text and function calls)" in with_meta(inspection, domains=domains, preferences=())[0]
     assert with_meta(inspection, preferences=(), threshold_z=None)[0] == (
         "Which meta token prefers which domain cannot be told: that takes two domains with 5 documents each."
     )
@@ -334,23 +238,25 @@ def test_a_domain_that_the_tokenizer_hardly_knows_is_a_sign(inspection: Inspecti
     first, *others = inspection.meta_tokens.domains
     poor: DomainAttention = replace(first, unknown=0.25, characters_per_token=1.2)
     sentences = with_meta(inspection, domains=(poor, *others))
-    assert about(sentences, "unknown to the tokenizer").startswith("25.0 % of the tokens in maths are unknown")
-    assert about(sentences, "in pieces") == (
-        "The tokenizer spells maths in pieces: 1.2 characters per token, beside 3.1 in code."
+    assert about(sentences, "unknown to the tokenizer") == (
+        "25.0 % of the tokens in maths are unknown to the tokenizer, or single bytes of characters for which it has no piece."
     )
+    assert about(sentences, "half as long") == (
+        "Tokens are less than half as long in maths as in code (1.2 and 3.1 characters): the tokenizer may hardly know it."
+    )
+    for unknown, signs in ((0.0099, 0), (0.01, 1)):  # one rare character in a long text is no sign
+        meta = replace(inspection.meta_tokens, domains=(replace(first, unknown=unknown), *others))
+        assert len(said(replace(inspection, meta_tokens=meta), "meta_tokens", signs=True)) == signs
 
 
-def test_a_tokenizer_of_letters_is_spoken_of(inspection: Inspection) -> None:
+def test_a_tokenizer_of_short_pieces_is_spoken_of(inspection: Inspection) -> None:
     assert inspection.meta_tokens is not None
-    assert not [one for one in with_meta(inspection) if "letter by letter" in one]
+    assert not [one for one in with_meta(inspection) if "characters long" in one]
     domains = tuple(replace(one, characters_per_token=1.3) for one in inspection.meta_tokens.domains[:2])
-    assert about(with_meta(inspection, domains=domains), "letter by letter") == (
-        "The tokenizer spells maths and code almost letter by letter (1.3 characters per token), so what prefers them "
-        "prefers letters and pieces of words."
+    assert about(with_meta(inspection, domains=domains), "characters long") == (
+        "In maths and code a token is 1.3 characters long on average, so what prefers them prefers pieces as small as that."
     )
-    assert about(with_meta(inspection, domains=domains, preferences=()), "letter by letter").endswith(
-        "(1.3 characters per token)."
-    )
+    assert about(with_meta(inspection, domains=domains, preferences=()), "characters long").endswith("on average.")
 
 
 def test_texts_cut_to_those_of_one_domain_are_told_with_its_name(inspection: Inspection) -> None:
@@ -364,13 +270,3 @@ def test_texts_cut_to_those_of_one_domain_are_told_with_its_name(inspection: Ins
 def test_a_part_that_was_not_measured_has_no_sentence(inspection: Inspection) -> None:
     bare = replace(inspection, attention=None, importance=(), fusion=None, meta_tokens=None, alignment=None, cost=None)
     assert findings(bare) == ()
-
-
-def test_numbers_that_are_not_finite_make_no_claim(inspection: Inspection) -> None:
-    loss = inspection.importance[0]
-    nothing = Removal(math.nan, Measured(math.nan, math.nan))
-    broken = tuple(
-        replace(layer, attention=nothing, ssm=nothing, difference=Measured(math.nan)) for layer in loss.layers
-    )
-    sentences = said(replace(inspection, importance=(replace(loss, layers=broken),)), "importance")
-    assert about(sentences, "No removal")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,30 +14,18 @@ import pytest
 from hymba_align.checkpoint import load_model
 from hymba_align.cli import main
 from hymba_align.data.template import load_tokenizer
-from hymba_align.errors import DataError, TokenizerError
-from hymba_align.inside import alignment, attention, inspecting, movement, output, result
+from hymba_align.errors import DataError
+from hymba_align.inside import alignment, attention, movement
 from hymba_align.inside.inspecting import InspectSettings, inspect_checkpoint, map_layers
-from hymba_align.inside.rows import pack_rows
-from hymba_align.inside.settings import trained_on
+from hymba_align.inside.rows import Document, pack_rows
+from hymba_align.inside.settings import _of_all, trained_on
 from hymba_align.inside.stored import read
-from hymba_align.inside.texts import read_texts
+from hymba_align.inside.texts import Texts, read_texts
 from hymba_align.inspect_choices import PARTS
 from hymba_align.model import HymbaConfig
 from hymba_align.plan_inspection import keys_of_run
 from hymba_align.recipe import DataSection
-
-ROWS = "data/arithmetic/test.jsonl"
-FEW = ("--data", ROWS, "--documents", "3", "--max-length", "96")
-
-
-def inspect(*words: object, parts: str = "fusion") -> int:
-    return main(["inspect", *map(str, words), "--parts", parts])
-
-
-def files_below(folder: Path) -> list[str]:
-    """Everything but what a lock leaves."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(name for path in found if not (name := path.relative_to(folder).as_posix()).startswith("."))
+from tests.inside.looking import FEW, ROWS, files_below, inspect, look
 
 
 def test_all_parts_are_measured_and_written_as_page_numbers_and_plots(
@@ -134,16 +122,29 @@ def test_what_is_not_asked_for_or_not_possible_is_left_out_with_a_reason(checkpo
 
 
 def test_without_data_the_texts_that_ship_with_the_package_are_read(checkpoint: Path) -> None:
-    found = inspect_checkpoint(InspectSettings(str(checkpoint), parts=("fusion",)), lambda line: None)
+    found = inspect_checkpoint(InspectSettings(str(checkpoint), parts=("fusion",), documents=8), lambda line: None)
 
-    assert found.documents >= 64
-    assert found.data.startswith(f"{found.documents} texts of 4 domains (maths, code, text, function_calls)")
+    assert found.data.startswith("8 texts of 4 domains (maths, code, text, function_calls)")
 
 
-def look(checkpoint: Path, **asked: Any) -> result.Inspection:
-    """Some parts, over a few rows."""
-    settings = {"data": DataSection(path=ROWS), "documents": 3, "max_length": 96, **asked}
-    return inspect_checkpoint(InspectSettings(str(checkpoint), **settings), lambda line: None)
+def test_texts_of_domains_are_read_from_each_alike_and_from_its_beginning_to_its_end() -> None:
+    def texts(name: str, count: int) -> Texts:
+        documents = tuple(Document(f"{name}:{place}", (1, 2), (False, True)) for place in range(count))
+        return Texts(name, count, documents, pairs=())
+
+    domains = {"long": texts("long", 20), "short": texts("short", 3)}
+
+    assert [one.name for one in _of_all(domains, 8)] == [
+        "long:0",
+        "long:5",
+        "long:10",
+        "long:15",
+        "short:0",
+        "short:1",
+        "short:2",
+    ]
+    assert [one.name for one in _of_all(domains, 1)] == ["long:0", "short:0"]
+    assert len(_of_all(domains, 100)) == 23
 
 
 def test_bfloat16_is_computed_in_and_told(checkpoint: Path) -> None:
@@ -184,19 +185,6 @@ def test_an_adapter_is_looked_into_as_the_model_that_it_makes(tmp_path: Path) ->
     moved = {one.part: one.distance for one in found.weights}
     assert moved["embeddings"] == 0
     assert moved["attention"] > 0
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[InspectSettings]:
-    """What the command would look at; it is interrupted then."""
-    found: list[InspectSettings] = []
-
-    def note(settings: InspectSettings, say: Callable[[str], None]) -> None:
-        found.append(settings)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(inspecting, "inspect_checkpoint", note)
-    return found
 
 
 def test_rows_are_read_as_the_checkpoints_run_reads_its_own(
@@ -362,240 +350,52 @@ def test_a_domain_of_ones_own_stands_beside_those_that_ship(checkpoint: Path) ->
     assert len(found.domains) == 5
 
 
+def test_of_a_domain_of_ones_own_it_is_told_what_it_replaces_and_what_counts_once(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    said = "Ana has two coins and Ben has three books and Mia buys four pens in the shop by the river on a cold morning"
+    others = ["The tallest lighthouse stands in the north.", "Seven is a prime number, as is eleven, and nine is none."]
+    file = tmp_path / "sums.jsonl"
+    texts = [said, f"{said} again", *others, said]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "no JSON\n")
+
+    found = look(checkpoint, domains={"maths": str(file)}, documents=9, parts=("meta_tokens",))
+
+    assert found.meta_tokens is not None
+    assert next((one.domain, one.documents) for one in found.meta_tokens.domains) == ("maths", 3)
+    replaced, *left_out = found.data.split("; ")[1:]
+    assert replaced == f"the domain maths is {file}, in the place of the texts of that name that ship with hymba-align"
+    assert left_out[:2] == [
+        f"of the domain maths 1 row is left out (it says the same as another row, first {file}:5)",
+        f"of the domain maths 1 row is left out (malformed JSON, Expecting value, first {file}:6)",
+    ]
+    assert [re.sub(r":\d+\)", ":N)", part) for part in left_out[2:]] == [
+        f"of the domain maths 1 row is left out (it says nearly the same as another row: at least 80 % of their runs of 5 "
+        f"words are the same, first {file}:N)",
+    ]
+
+
 def test_domains_whose_texts_do_not_fit_are_left_out_and_told(
     write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     short = write_checkpoint(tmp_path / "short", 1, max_position_embeddings=96, orig_max_position_embeddings=96)
 
-    found = look(short, parts=("meta_tokens",))
+    found = look(short, parts=("fusion", "meta_tokens"))
 
     assert found.meta_tokens is None
     reason = (
-        "maths.jsonl: no row gives a document to look at: 12 lost (the turns up to the assistant's first answer are"
+        r"maths\.jsonl:\d+: the turns up to the assistant's first answer are longer than the model's context of 96 tokens; "
+        r"shorten them \(11 more rows of \S*maths\.jsonl give no document either\)"
     )
-    assert found.left_out["meta_tokens"].startswith(
-        f"no text of any domain can be used ({reason} longer than max_length=96,"
-    )
-    assert f"; the domain maths is left out ({reason} longer than max_length=96," in found.data
-    assert "; the domain function_calls is left out (function_calls.jsonl: " in found.data
-    with pytest.raises(DataError, match=r"maths\.jsonl: no row gives a document to look at"):
+    none = rf"no text of any domain can be used \({reason}\)"
+    assert re.fullmatch(none, found.left_out["meta_tokens"])
+    assert re.search(rf"; the domain maths is left out \({reason}\)", found.data)
+    assert re.search(r"; the domain function_calls is left out \(function_calls\.jsonl:\d+: ", found.data)
+    with pytest.raises(DataError, match=reason):
         look(short, data=None, parts=("fusion",))
+    with pytest.raises(DataError, match=f"{none}; name a domain of shorter texts, or ask for other parts as well"):
+        look(short, parts=("meta_tokens",))
 
 
 def test_maps_are_of_global_layers_and_a_local_one() -> None:
     assert map_layers(HymbaConfig()) == [0, 15, 16, 31]
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_tokenizer(checkpoint: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(checkpoint / name, folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--layers", "0,2"], "layer 2 is none of CHECKPOINT, which has layers 0 to 1; name one of them"),
-        (["--layers", "first"], "'first' is no number; write numbers separated by commas, such as 0,15"),
-        (["--parts", "atention"], "'atention' is no part; parts: attention, importance, fusion, meta_tokens, alignment, cost"),
-        (["--domain", "law"], "'law' is not NAME=FILE, such as law=law.jsonl"),
-        (["--domain", "law=TMP/law.jsonl"], "the domain law is to be read from TMP/law.jsonl, which does not exist; correct the path"),
-        (["--text", "TMP/absent.txt"], "TMP/absent.txt: there is no such file of text; correct the path"),
-        (["--text", "TMP/empty.txt"], "TMP/empty.txt: it holds no text; name a file that does"),
-        (["--data", ROWS, "--preferences", "TMP/messages.jsonl"], "TMP/messages.jsonl: no row of it has a better and a worse answer; name a file of preferences, or leave it out"),
-        (["--tasks", "gsm8k", "--parts", "fusion"], "accuracy on gsm8k is measured in the part importance, which is not asked for; add that part, or leave the tasks out"),
-        (["--tasks", "gsm8k", f"gsm8k.train_path={ROWS}", "gsm8k.test_path=TMP/messages.jsonl"], "TMP/messages.jsonl:1: GSM8K rows have a question and an answer; this one has messages"),
-        (["--parts", "alignment"], "the part alignment compares with an earlier checkpoint, and none is given; name it with --against OTHER, or ask for other parts"),
-        (["--against", "runs/nope"], "; if a folder is meant, check the path"),
-        (["limit=3"], "limit=3 is about --tasks, and none is given; add --tasks gsm8k, or leave it out"),
-        (["data.seed=3"], "data.seed=3 is about --data, and none is given; add it, or leave this out"),
-        (["--against", "TMP/nothing"], "TMP/nothing: there is no such checkpoint folder; check the path"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_what_cannot_be_done_is_said_before_anything_is_measured(
-    words: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    (tmp_path / "messages.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    out = tmp_path / "out"
-    given = [word.replace("TMP", str(tmp_path)) for word in words]
-
-    code = main(["inspect", str(checkpoint), *given, "--output", str(out)])
-
-    assert code == 2
-    expected = message.replace("TMP", str(tmp_path)).replace("CHECKPOINT", str(checkpoint))
-    captured = capsys.readouterr()
-    assert expected in captured.err
-    assert "Read: " not in captured.out
-    assert not out.exists()
-
-
-def test_a_checkpoint_of_another_shape_is_not_compared_with(
-    checkpoint: Path, write_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = write_checkpoint(tmp_path / "other", 1, num_memory_tokens=6)
-
-    assert inspect(checkpoint, "--against", other, *FEW, "--output", tmp_path / "out", parts="alignment") == 2
-
-    assert capsys.readouterr().err.splitlines()[0] == (
-        f"Error: {checkpoint} and {other} cannot be compared: num_memory_tokens is 4 in the one and 6 in the other; compare "
-        "checkpoints of one shape, such as the stages of one run"
-    )
-
-
-def test_a_checkpoint_whose_tokens_have_other_ids_is_not_compared_with(checkpoint: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
-    described = json.loads((other / "tokenizer.json").read_text())
-    pieces = described["model"]["vocab"]
-    pieces["▁How"], pieces["▁many"] = pieces["▁many"], pieces["▁How"]
-    (other / "tokenizer.json").write_text(json.dumps(described))
-
-    with pytest.raises(TokenizerError, match=r"their tokenizers differ in 2 tokens, such as '▁(How|many)'"):
-        look(checkpoint, against=str(other), parts=("alignment",))
-
-
-def test_that_the_other_checkpoint_has_no_tokenizer_is_told(checkpoint: Path, without_tokenizer: Path) -> None:
-    found = look(checkpoint, against=str(without_tokenizer), parts=("fusion",))
-
-    assert f"; {without_tokenizer} is taken to have the tokenizer of {checkpoint}, for want of one (" in found.data
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
-    tokenizer = load_tokenizer(str(checkpoint))
-    tokenizer.add_tokens(["<one more>"])
-    tokenizer.save_pretrained(other)
-
-    with pytest.raises(TokenizerError, match=r"the model has 596 embeddings and the tokenizer 597 tokens"):
-        look(other, parts=("fusion",))
-
-
-def test_without_a_tokenizer_costs_alone_are_measured(
-    without_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert inspect(without_tokenizer, *FEW, "--output", tmp_path / "out") == 2
-    told = capsys.readouterr().err.splitlines()[0]
-    assert inspect(without_tokenizer, "--contexts", 24, "--output", tmp_path / "out", parts="cost") == 0
-
-    assert told == (
-        f"Error: {without_tokenizer} has no tokenizer that can be used ({without_tokenizer}: the folder has no "
-        "tokenizer.json; name one that has, or a hub id); put it there, or measure what needs none: --parts cost"
-    )
-    assert read(tmp_path / "out" / "inspect.json").cost is not None
-
-
-def test_texts_that_the_tokenizer_spells_in_bytes_are_looked_at_and_told(checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "han.jsonl"
-    file.write_text(json.dumps({"text": "三 + 四 = 七"}) + "\n")
-
-    found = look(checkpoint, data=DataSection(path=str(file)), parts=("fusion",))
-
-    assert found.tokens == 18
-    assert found.data.endswith(
-        "; 50.0 % of their tokens are unknown to the tokenizer, or single bytes of characters without a piece"
-    )
-
-
-# ---- what it writes --------------------------------------------------------------------------------------------------
-
-
-def test_another_inspection_takes_the_place_of_an_earlier_one(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert inspect(checkpoint, *FEW, "--output", out, parts="attention,fusion") == 0
-    before = files_below(out)
-    created = read(out / "inspect.json").created
-    (out / ".inspect.1.tmp" / "plots").mkdir(parents=True)  # of one that was killed
-    assert "takes the place" not in capsys.readouterr().out
-
-    assert inspect(checkpoint, *FEW, "--output", out, parts="fusion") == 0
-
-    assert capsys.readouterr().out.splitlines()[0] == (
-        f"This one takes the place of the inspection of {created} in {out} (attention, fusion) when it is done; "
-        "--output FOLDER keeps both"
-    )
-
-    assert set(files_below(out)) < set(before)
-    assert read(out / "inspect.json").attention is None
-    assert not list(out.glob(".inspect.*"))
-
-
-def test_half_an_inspection_has_no_numbers_that_would_vouch_for_it(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    assert inspect(checkpoint, *FEW, "--output", out) == 0
-    move = Path.replace
-
-    def broken(path: Path, target: Path) -> Path:
-        if path.name == "inspect.html" and path.parent.name.startswith(".inspect."):
-            raise OSError(5, "Input/output error", str(path))
-        return move(path, target)
-
-    monkeypatch.setattr(Path, "replace", broken)
-    with pytest.raises(OSError, match="Input/output error"):
-        output.write(look(checkpoint, parts=("fusion",)), out)
-
-    assert not (out / "inspect.json").exists()
-    assert not list(out.glob(".inspect.*"))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda out: out.write_text("mine"), "{out} is a file, and an inspection needs a folder there; name another one"),
-        (lambda out: (out.mkdir(), (out / "mine.txt").write_text("")), "{out} is not empty and holds no inspection (it has mine.txt); name another folder, or an empty one"),
-    ],
-)  # fmt: skip
-def test_what_lies_there_is_not_overwritten(
-    make: Callable[[Path], Any], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    make(out)
-
-    assert inspect(checkpoint, *FEW, "--output", out) == 2
-
-    assert capsys.readouterr().err.splitlines()[0] == f"Error: {message.format(out=out)}"
-
-
-def test_what_is_interrupted_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*given: Any, **named: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(attention, "measure_attention", stop)
-
-    assert inspect(checkpoint, *FEW, "--output", tmp_path / "out", parts="attention") == 130
-
-    assert "Interrupted.\n" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_page_that_cannot_be_written_leaves_the_earlier_inspection_as_it_was(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert inspect(checkpoint, *FEW, "--output", out) == 0
-    before = {name: (out / name).read_bytes() for name in files_below(out)}
-
-    def full(path: Path, value: Any) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(output, "write_json", full)
-    assert inspect(checkpoint, *FEW, "--output", out) == 1
-
-    assert "(the disk is full)" in capsys.readouterr().err
-    assert {name: (out / name).read_bytes() for name in files_below(out)} == before
-    assert not list(out.glob(".inspect.*"))

@@ -297,7 +297,7 @@ def test_a_text_that_a_file_has_twice_counts_once(tokenizer: PreTrainedTokenizer
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = domain_documents(file, tokenizer, 1024)
     assert len(found.documents) == 2
-    assert [one.reason for one in found.left_out] == ["a text that is there already"] * 2
+    assert [one.reason for one in found.left_out] == ["it says the same as another row"] * 2
 
 
 def test_the_card_of_the_domains_says_what_is_in_them(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,6 +21,7 @@ from hymba_align.inside.page_tables import tables
 from hymba_align.inside.plots import Plot
 from hymba_align.inside.result import Finding, Inspection, Measured, PairText, Removal
 from hymba_align.inside.summary import MOST_FINDINGS, summary
+from hymba_align.inside.wording import size_in_bytes
 
 MADE_UP = runpy.run_path(str(Path(__file__).with_name("made_up.py")))
 make: Callable[..., Inspection] = MADE_UP["inspection"]
@@ -115,10 +116,14 @@ def test_every_finding_is_there_and_signs_are_marked(inspection: Inspection, sou
     short = summary(inspection)
     signs = sum(one.sign for one in inspection.findings) + sum(one.sign for one in short.findings)
     assert source.count('<p class="note">') == signs
+    assert text.count("! Sign: ") == signs  # not by colour alone
 
 
 def test_what_marks_mean_is_said_where_there_are_some(inspection: Inspection, source: str) -> None:
-    assert "Marked sentences are signs" in source
+    assert (
+        "Marked sentences are signs that something may be wrong; changes of less than 0.01 nats are none, but for a loss that "
+        "rose by 1 % of itself and by 0.001 nats. Differences in losses"
+    ) in source
     calm = replace(inspection, findings=tuple(one for one in inspection.findings if not one.sign))
     assert "Marked sentences" not in html(calm, ())
 
@@ -139,6 +144,12 @@ def test_tables_say_how_changes_per_token_are_weighed_and_in_which_numbers(sourc
     assert "Weights were compared in float32." in source
 
 
+def test_what_scrolls_can_be_focused_and_has_a_name(source: str) -> None:
+    scrolling = [one for _, one in Page(source).elements if one.get("class") in ("scroll", "picture")]
+    assert len(scrolling) == 17 + len(PLOTS)
+    assert all(one["tabindex"] == "0" and one["role"] == "group" and one["aria-label"] for one in scrolling)
+
+
 def test_every_link_leads_to_a_part_of_the_page(source: str) -> None:
     page = Page(source)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -153,6 +164,43 @@ def test_the_numbers_are_in_tables(source: str, inspection: Inspection) -> None:
     assert len(titles) == 17
     assert "6.392" in page.text
     assert "2026-11-22 04:30 UTC" in page.text
+
+
+def test_numbers_stand_under_their_heads(inspection: Inspection) -> None:
+    """One row of each table whose neighbouring columns hold alike numbers."""
+    found = {one.title: one for each in tables(inspection).values() for one in each}
+
+    def row(title: str, at: int = 0) -> dict[str, str]:
+        return dict(zip(found[title].head, found[title].rows[at], strict=True))
+
+    def shown(value: float, digits: int) -> str:
+        return f"{value:.{digits}f}".replace("-", "−")
+
+    alignment, meta, cost = inspection.alignment, inspection.meta_tokens, inspection.cost
+    assert inspection.fusion is not None
+    assert alignment is not None
+    assert alignment.divergence is not None
+    assert meta is not None
+    assert meta.movement is not None
+    assert cost is not None
+    loss, size, moved = inspection.importance[0].layers[0], inspection.fusion.layers[0], meta.movement[0]
+    assert row("Loss without a branch")["without attention heads"] == shown(loss.attention.score, 3)
+    assert row("Loss without a branch")["without SSM heads"] == shown(loss.ssm.score, 3)
+    assert row("Sizes at the fusion")["attention before its norm"] == shown(size.attention.before, 3)
+    assert row("Sizes at the fusion")["SSM scale to"] == shown(size.ssm.scale_max, 3)
+    means = dict(found["Divergence, nats per token"].rows)
+    for name, measured in (
+        ("KL (checkpoint from the other)", alignment.divergence.kl),
+        ("loss before", alignment.divergence.loss_before),
+        ("loss after", alignment.divergence.loss_after),
+        ("entropy before", alignment.divergence.entropy_before),
+    ):
+        assert means[name].startswith(shown(measured.mean, 3)), name
+    assert row("How far meta tokens moved")["of its length, %"] == shown(100 * moved.relative, 2)
+    assert row("Preferences")["share there, %"] == shown(100 * meta.preferences[0].share, 2)
+    assert row("Cache of one sequence")["keys and values"] == size_in_bytes(cost.cache[0].keys_values)
+    assert row("Decoding")["lowest round"] == shown(cost.decode[0].ratio_low, 2)
+    assert row("Decoding")["highest round"] == shown(cost.decode[0].ratio_high, 2)
 
 
 def test_before_stands_left_of_after(inspection: Inspection) -> None:
@@ -196,6 +244,28 @@ def test_parts_that_were_left_out_are_named_with_the_reason(inspection: Inspecti
     assert (
         "Left out: Attention and Cost, not asked for. Left out: What training changed, there is no other." in page.text
     )
+
+
+def test_why_rows_are_left_out_stands_at_the_end_and_not_in_the_heading(inspection: Inspection) -> None:
+    told = replace(inspection, data="3 documents of my.jsonl; 1 row left out\n1 lost (it is <empty>, first my.jsonl:2)")
+
+    page = html(told, [])
+
+    assert "Read: 3 documents of my.jsonl; 1 row left out (" in page.partition("</header>")[0]
+    assert "1 lost" not in page.partition('<h2 id="how">')[0]
+    assert "<li>1 lost (it is &lt;empty&gt;, first my.jsonl:2)</li>" in page.partition('<h2 id="how">')[2]
+    assert summary(told).read == (
+        "Read: 3 documents of my.jsonl; 1 row left out. Compared with runs/arithmetic/sft/final."
+    )
+
+
+def test_a_plot_that_is_wider_than_the_screen_says_that_it_scrolls(source: str) -> None:
+    assert source.count('Wider than this screen: scroll it sideways →</p>\n<div class="picture"') == source.count(
+        '<figure class="plot">'
+    )
+    narrow_screens = source.partition("@media (max-width: 40rem)")[2]
+    assert ".sideways { display: none;" in source
+    assert ".sideways:not(.narrow) { display: block; }" in narrow_screens
 
 
 def test_an_inspection_of_nothing_is_a_page(inspection: Inspection) -> None:

@@ -205,12 +205,14 @@ def test_rows_that_cannot_be_read_are_told_and_none_at_all_is_an_error(write: Wr
     good, bad = shipped_rows(1)[0], {"question": "", "answer": "1"}
     found = read(write(good, bad), tokenizer)
     assert [one.reason for one in found.left_out] == ["the column 'question' is empty; fill it in or remove the row"]
+    assert found.summary() == f"1 document chosen from 1 row of {found.source}; 1 pair; 1 row left out"
+    assert found.why_left_out() == [f"1 lost (the column 'question' is empty, first {found.source}:2)"]
     path = write({"question": "How many?", "answer": "2"}, name="long.jsonl")
     with pytest.raises(DataError) as error:
         read(path, tokenizer, max_length=5)
     assert str(error.value) == (
-        f"{path}: no row gives a document to look at: 1 lost (the turns up to the assistant's first answer are longer than "
-        f"max_length=5, first {path}:1)"
+        f"{path}:1: the turns up to the assistant's first answer are longer than max_length=5; raise max_length or shorten "
+        "them"
     )
 
 
@@ -221,7 +223,7 @@ def test_a_row_without_a_possible_pair_is_a_document_and_the_summary_says_why_it
     found = read(path, tokenizer)
     assert (len(found.documents), found.pairs) == (1, ())
     assert found.summary() == (
-        f"1 document chosen from 1 row of {path}; no pair of 1 lost (the answer does not end in a line '#### <number>', "
+        f"1 document chosen from 1 row of {path}; no pair from 1 row (the answer does not end in a line '#### <number>', "
         f"first {path}:1)"
     )
 
@@ -283,3 +285,35 @@ def test_a_text_file_is_one_document(tmp_path: Path, tokenizer: Any) -> None:
     assert found.summary() == (
         f"1 document chosen from 1 row of {file}; 1 shortened (first {file}: its first 50 of 103 tokens are read)"
     )
+
+
+# ---- rows that say the same ------------------------------------------------------------------------------------------
+
+
+def test_of_rows_that_say_nearly_the_same_one_counts_where_each_has_to_be_a_document_of_its_own(
+    write: Write, tokenizer: Any
+) -> None:
+    said = "Ana has two coins and Ben has three books and Mia buys four pens in the shop by the river on a cold morning"
+    other = (
+        "The tallest of the four lighthouses on the northern coast was built by people from the nearest fishing village"
+    )
+    path = write({"text": said}, {"text": f"{said} again"}, {"text": other}, {"text": said})
+
+    texts = [read(path, tokenizer, distinct=distinct) for distinct in (False, True)]
+
+    assert [len(one.documents) for one in texts] == [4, 2]
+    assert texts[0].left_out == ()
+    assert {one.name for one in texts[1].documents} & {f"{path}:3"}
+    assert sorted(one.reason.partition(":")[0] for one in texts[1].left_out) == [
+        "it says nearly the same as another row",
+        "it says the same as another row",
+    ]
+
+
+def test_a_row_that_stands_often_takes_no_place_of_others(write: Write, tokenizer: Any) -> None:
+    path = write(*[{"text": "Ana has two coins."}] * 60, *({"text": f"Ben has {n} pens."} for n in range(8)))
+
+    texts = read(path, tokenizer, documents=8, distinct=True)
+
+    assert len(texts.documents) == 8
+    assert len([one for one in texts.left_out if one.reason == "it says the same as another row"]) == 59

@@ -50,6 +50,8 @@ def test_beside_half_a_hymba_it_is_half_of_it() -> None:
     found = transformer_config(half)
     assert (found.num_hidden_layers, found.hidden_size, found.head_dim, found.intermediate_size) == (14, 1536, 64, 4096)
     assert (found.num_attention_heads, found.num_key_value_heads) == (24, 8)  # the heads are as many, and half as wide
+    half.num_key_value_heads = 25  # how the checkpoint shares its keys is its own affair
+    assert transformer_config(half).to_dict() == found.to_dict()
     assert found.vocab_size == round(128256 * 16000 / 32001)
     described = describe(found)
     assert not described.is_published_shape
@@ -73,6 +75,7 @@ def test_every_hymba_has_a_transformer_beside_it_that_computes(heads: int, group
     )
     beside = transformer_config(config)
     assert beside.num_hidden_layers == 1
+    assert beside.num_attention_heads == 3 * beside.num_key_value_heads
     model = build_transformer(beside, torch.float32, CPU)
     with torch.no_grad():
         logits = model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,14 @@ import pytest
 
 import hymba_align.pipeline as pipeline
 from hymba_align import plan_inspection
+from hymba_align.data.template import load_tokenizer
 from hymba_align.errors import DataError, HymbaAlignError, RecipeError
 from hymba_align.eval.report import write_report
 from hymba_align.inside import of_recipe
 from hymba_align.inside.inspecting import InspectSettings
 from hymba_align.inside.result import Inspection
+from hymba_align.inside.settings import read_texts_for
+from hymba_align.model import HymbaConfig
 from hymba_align.recipe import load_recipe
 from hymba_align.run.folder import RunFolder
 
@@ -168,6 +173,11 @@ def test_a_dry_run_shows_the_step(asking: str, looks: list[InspectSettings], tmp
         (["inspect.data={tmp}/absent.jsonl"], "inspect.data is {tmp}/absent.jsonl, which does not exist; correct it"),
         (["inspect.preferences={tmp}/absent.jsonl"], "inspect.preferences is {tmp}/absent.jsonl, which does not exist; correct it"),
         (["inspect.layers=[5]"], "layer 5 is none of the dpo checkpoint, which has layers 0 to 1; name one of them"),
+        (["inspect.parts=[alignment]", "inspect.against=none"], "inspect.parts asks for alignment alone, which compares with an earlier checkpoint, and inspect.against is none; set inspect.against to previous or base, or ask for other parts as well"),
+        (["inspect.parts=[alignment]", "inspect.stages=[base, dpo]"], "inspect.parts asks for alignment alone, which compares with an earlier checkpoint, and none is before base; ask for other parts, or name later stages with inspect.stages"),
+        (["inspect.contexts=[99999]"], "inspect.contexts names 99999, but the checkpoint's context is 8192 (max_position_embeddings); name none above 8192"),
+        (["inspect.data={tmp}/titles.csv"], "{tmp}/titles.csv:2: the columns found are 'query', 'answer', neither (question, answer) nor (prompt, completion) nor (messages) nor another set of docs/data.md; say which is which, as in \"dpo.data.columns={{question: 'NAME', answer: 'answer'}}\", which holds for training too, or rename them in the file"),
+        (["inspect.domains={{law: {tmp}/titles.csv}}"], "{tmp}/titles.csv:2: the columns found are 'query', 'answer', neither (question, answer) nor (prompt, completion) nor (messages) nor another set of docs/data.md; rename them in the file"),
         (["inspect.domains={{law: {tmp}/law.jsonl}}"], "the domain law is to be read from {tmp}/law.jsonl, which does not exist; correct the path"),
     ],
 )  # fmt: skip
@@ -176,6 +186,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(
 ) -> None:
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "train.jsonl", tmp_path / "alone")
+    (tmp_path / "titles.csv").write_text("query,answer\n2 + 2?,4\n")
 
     with pytest.raises(HymbaAlignError) as caught:
         pipeline.run_recipe(load_recipe(asking, [each.format(tmp=tmp_path) for each in overrides]))
@@ -227,6 +238,80 @@ def test_what_is_measured_depends_on_weights_tasks_and_what_files_hold(asking: s
 
     assert as_before == first
     assert len({first, other_tasks, other_weights, inputs()}) == 4
+
+
+@pytest.mark.parametrize("key", ["data", "domains"])
+def test_a_text_file_is_read_and_what_it_holds_counts(key: str, asking: str, tmp_path: Path) -> None:
+    text = tmp_path / "mine.TXT"
+    text.write_text("Mia has 4 pens.")
+    value = text if key == "data" else f"{{mine: {text}}}"
+    recipe = load_recipe(asking, [f"inspect.{key}={value}", "inspect.parts=[meta_tokens]", "sft=null", "dpo=null"])
+
+    first, as_before = (pipeline.plan(recipe)[-1].fingerprint for _ in range(2))
+    text.write_text("Mia has 5 pens.")
+
+    assert as_before == first
+    assert pipeline.plan(recipe)[-1].fingerprint != first
+    of_recipe.check_inspection(recipe, "base", ask_hub=True)
+    text.write_text(" ")
+    with pytest.raises(DataError, match=rf"^{re.escape(str(text))}: it holds no text; name a file that does$"):
+        of_recipe.check_inspection(recipe, "base", ask_hub=True)
+
+
+def test_rows_of_every_format_are_read_for_the_look_inside(asking: str, tmp_path: Path, row: dict[str, str]) -> None:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([row] * 3)
+    pyarrow.csv.write_csv(table, tmp_path / "rows.csv")
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(f"{json.dumps(row)}\n".encode() * 3))
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "rows.csv", tmp_path / "folder")
+
+    for name in ("rows.csv", "rows.parquet", "rows.arrow", "rows.jsonl.gz", "folder"):
+        path = tmp_path / name
+        keys = [f"inspect.{key}={path}" for key in ("data", "preferences")]
+        recipe = load_recipe(asking, [*keys, f"inspect.domains={{sums: {path}}}", "inspect.parts=[meta_tokens]"])
+        settings = of_recipe.settings_of(recipe, "dpo", "the dpo checkpoint", "the sft checkpoint")
+        tokenizer = load_tokenizer("data/arithmetic/tokenizer")
+
+        inputs = read_texts_for(settings, HymbaConfig(), tokenizer)
+
+        assert (len(inputs.documents), len(inputs.pairs), len(inputs.domains["sums"].documents)) == (2, 2, 1), name
+        digests = dict(plan_inspection.contents_of(recipe, "dpo"))
+        assert digests[str(path)] is not None
+
+
+def test_costs_alone_need_no_rows(asking: str, tmp_path: Path) -> None:
+    alone = ["inspect.data=null", "inspect.parts=[cost]", "sft=null", "dpo=null", "eval=null", "data=null"]
+    recipe = load_recipe(asking, alone)
+
+    step = pipeline.plan(recipe)[-1]
+    of_recipe.check_inspection(recipe, "base", ask_hub=True)
+
+    assert (step.data, step.contents) == ("no texts", ())
+    assert of_recipe.settings_of(recipe, "base", "checkpoint").data is None
+
+
+def test_rows_that_cannot_be_joined_are_read_one_by_one_where_the_stage_joins_its_own(
+    asking: str, tmp_path: Path
+) -> None:
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    chat.write_text(json.dumps({"messages": turns}) + "\n")
+    keys = ["data.examples_per_conversation=3", "data.question_format='Q: {question}'"]
+
+    def read_as(*more: str) -> tuple[int, str]:
+        data = of_recipe.settings_of(load_recipe(asking, [*keys, *more]), "dpo", "checkpoint").data
+        assert data is not None
+        return data.examples_per_conversation, data.question_format
+
+    assert read_as(f"inspect.data={chat}") == (1, "Q: {question}")
+    assert read_as() == (3, "Q: {question}")
 
 
 def test_a_section_for_a_stage_that_is_not_there_is_refused(asking: str) -> None:
