@@ -52,14 +52,15 @@ def check_stages(
     """Everything found, after printing every stage's report; `allowed` is False where rows would be lost that may not be.
 
     Args:
-        gsm8k: GSM8K's test file, or the folder that holds test.jsonl; None for the recipe's, or else the hub's.
+        gsm8k: GSM8K's test file, or the folder that holds test.jsonl; None for the recipe's, else the cache's, else the hub's.
         gpqa: GPQA's dataset.zip; None: not compared with.
         output: a file for everything, all findings included, as JSON.
     Raises: UsageError.
     """
     from hymba_align.data.inspection.check import check_data
-    from hymba_align.data.inspection.check_printing import print_report, verdict
+    from hymba_align.data.inspection.check_printing import print_comparisons, print_report, verdict
     from hymba_align.data.inspection.contamination import find_benchmarks
+    from hymba_align.eval.bfcl.environment import bfcl_folder
     from hymba_align.train.common import quiet_libraries
 
     console = open_console()
@@ -68,7 +69,7 @@ def check_stages(
     _say_what_takes_time(stages)
     with quiet_libraries():
         test_file = gsm8k / "test.jsonl" if gsm8k is not None and gsm8k.is_dir() else gsm8k
-        benchmarks = find_benchmarks(test_file or stages[0].gsm8k_test, gpqa)
+        benchmarks = find_benchmarks(test_file or stages[0].gsm8k_test, gpqa, bfcl_folder())
         for number, data in enumerate(stages):
             section, notes = read_before_training(data.section), only_beginning(data)
             report = check_data(
@@ -77,10 +78,13 @@ def check_stages(
             packing = _packing_of(data)
             if number:
                 print_rule(console)
-            print_report(report, packing, console, data.name, notes)
+            print_report(report, packing, console, data.name, notes, comparisons=len(stages) == 1)
             more = {"packing": list(packing), "verdict": verdict(report), "notes": list(notes)}
             written.append({**report.to_json(), **more})
             allowed = allowed and report.allowed
+    if len(stages) > 1:  # the same for all
+        print_rule(console)
+        print_comparisons(report, console)
     found = {"name": stages[0].name, "allowed": allowed, "stages": written}
     if output is not None:
         write_json(output, found)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hymba_align.data.template import backend
 from hymba_align.errors import DataError
 from hymba_align.files import file_digest, read_json, sync_file, sync_folder, write_json
+from hymba_align.terminal import print_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def cached(key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if damage is not None:
-            print(f"prepared data in {folder} is damaged ({damage}); it is made again", file=sys.stderr, flush=True)
+            print_words(f"prepared data in {folder} is damaged ({damage}); it is made again", stderr=True)
             shutil.rmtree(folder)
         _remove_abandoned(root)
         with _new_folder(root, folder.name[:16]) as built:

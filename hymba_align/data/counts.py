@@ -127,15 +127,19 @@ class SourceCounts:
 
     def left_out(self) -> list[str]:
         """Why rows are not in the data, each reason with its count."""
+        return [*self._passed_over(), *describe_losses(self.lost)]
+
+    def _passed_over(self) -> list[str]:
+        """Rows that were left out as the source asks."""
         parts = []
         if self.rows_not_chosen:
             parts.append(f"{self.rows_not_chosen:,} not chosen by keep_fraction")
         if self.rows_passed_over:
             parts.append(f"{self.rows_passed_over:,} passed over by the converter")
-        return [*parts, *describe_losses(self.lost)]
+        return parts
 
     def summary(self) -> str:
-        """What became of the source's rows, in one line."""
+        """The source's name and what became of its rows, in one line; and an indented one for each reason why some are lost."""
         unit = "conversation" if self.stage == "sft" else "pair"
         made = f"{self.conversations:,} {unit}{'s' if self.conversations != 1 else ''}"
         parts = [f"{self.rows_kept:,} of {self.rows_read:,} rows kept in {made}"]
@@ -143,7 +147,7 @@ class SourceCounts:
             parts[0] += f", {self.repeat} times"
         if self.for_validation:
             parts.append(f"{self.for_validation:,} of them for validation")
-        parts += self.left_out()
+        parts += self._passed_over()
         if self.cut:
             parts.append(f"{len(self.cut):,} shortened (first {self.cut[0].place}: {self.cut[0].reason})")
         parts.append(f"{self.trained_tokens:,} of {self.total_tokens:,} tokens trained on")
@@ -153,7 +157,7 @@ class SourceCounts:
             parts.append(f"columns not used: {', '.join(self.ignored_columns)}")
         if self.unread_keys:
             parts.append(f"keys of turns not used: {', '.join(self.unread_keys)}")
-        return "; ".join(parts)
+        return "\n  ".join([f"{self.name}: {'; '.join(parts)}", *describe_losses(self.lost)])
 
 
 def nothing_left(sources: Sequence[SourceCounts]) -> str:
@@ -182,8 +186,9 @@ def common_reason(reason: str) -> str:
 
 
 def describe_losses(lost: Iterable[Lost]) -> list[str]:
-    """Reasons with their counts and first places; those beyond a handful in one sum."""
+    """Reasons with their counts and first places; those beyond a handful in one sum, but for what over_long could save."""
     groups = losses_by_reason(lost)
-    parts = [f"{len(group):,} lost ({reason}, first {group[0].place})" for reason, group in groups[:REASONS_SHOWN]]
-    rest = sum(len(group) for _, group in groups[REASONS_SHOWN:])
+    told = [*groups[:REASONS_SHOWN], *(group for group in groups[REASONS_SHOWN:] if group[1][0].overlong)]
+    parts = [f"{len(group):,} lost ({reason}, first {group[0].place})" for reason, group in told]
+    rest = sum(len(group) for _, group in groups) - sum(len(group) for _, group in told)
     return [*parts, *([f"{rest:,} lost for other reasons"] if rest else [])]

@@ -78,10 +78,10 @@ class Prepared:
         return self.sources or tuple(stream.counted(stream.counts) for stream in self.streams)
 
     def summary(self) -> str:
-        """One line per source, and one for all where there are several; for people."""
+        """A line for each source, below it those about rows that are lost, and one for all sources where there are several."""
         if not self.sources:
             return "streaming: rows are prepared, and counted, while training reads them"
-        lines = [f"{source.name}: {source.summary()}" for source in self.sources]
+        lines = [source.summary() for source in self.sources]
         if self.validation is not None:
             lines.append(f"{len(self.validation):,} conversations are kept for validation")
         if len(self.sources) > 1:
@@ -144,6 +144,12 @@ def iterate_examples(section: DataSection, stage: TrainingStage) -> Iterator[Loc
             yield from counts.lost
 
 
+def check_first_rows(section: DataSection, stage: TrainingStage) -> None:
+    """Raises the DataError of what a stage cannot train on, as far as each source's first row that can be read shows it."""
+    for source in section.all_sources:
+        _schema(source, open_source(source), stage)
+
+
 def examine(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, stage: TrainingStage, *, seed: int
 ) -> list[tuple[Dataset, SourceCounts]]:
@@ -197,13 +203,15 @@ def _schema(source: SourceSection, opened: Source, stage: TrainingStage) -> Sche
     """
     if source.convert is not None:
         return None
+    first: Lost | None = None
     for raw in chain.from_iterable(opened.chunks()):
         try:
             row = parse_row(raw)
-        except DataError:
+        except DataError as error:
+            first = first or Lost.because(raw.place, error)
             continue  # preparing it counts the row as lost
         try:
-            schema = schema_of(source, row)
+            schema = schema_of(source, row, stage)
             check_stage(schema, stage)
         except DataError as error:
             raise type(error)(f"{raw.place}: {error}") from error
@@ -213,7 +221,11 @@ def _schema(source: SourceSection, opened: Source, stage: TrainingStage) -> Sche
                 "question and answer can be joined; set it to 1"
             )
         return schema
-    raise DataFileError(f"{shown(source.path)}: no row can be read; 'hymba-align data check' lists what is wrong")
+    assert first is not None, "a source without rows was refused while it was read"
+    raise DataFileError(
+        f"{first.place}: {first.reason} (no row of {shown(source.path)} can be read; 'hymba-align data check' lists what is "
+        "wrong with each)"
+    )
 
 
 def _records(

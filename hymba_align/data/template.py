@@ -33,28 +33,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
     it carries none, this package's; else a .jinja file.
     Raises: CheckpointError.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    local = is_local_path(path)
-    if local:
-        _check_folder(path)
-    try:
-        # An empty config: the released config.json names remote code, about which transformers would ask on stdin.
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", config=PreTrainedConfig(), trust_remote_code=False
-        )
-    except Exception as error:  # the hub, the JSON reader and the Rust library each raise their own kinds
-        reason = str(error).strip().split("\n")[0]
-        if not local:
-            # What transformers says of a hub that is out of reach is about the files that it has not got.
-            why = "" if "backend tokenizer" in reason else f" ({reason})"
-            raise TokenizerError(
-                f"'{path}' is neither a tokenizer folder here nor one that the Hugging Face hub gives out{why}; name a "
-                "folder with tokenizer.json, or a hub id while the hub can be reached"
-            ) from error
-        raise TokenizerError(
-            f"{path}: no tokenizer can be loaded from here ({reason}); name a folder with tokenizer.json or a hub id"
-        ) from error
+    tokenizer = _open(path, revision)
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise TokenizerError(f"{path}: the tokenizer has no {name}; set it in tokenizer_config.json")
@@ -73,6 +52,33 @@ def load_tokenizer(path: str, *, revision: str | None = None, chat_template: str
     elif not isinstance(tokenizer.chat_template, str):
         raise TokenizerError(f"{path}: the tokenizer carries several chat templates; name one of them as a .jinja file")
     return tokenizer
+
+
+def _open(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers reads it, none of whose code is followed."""
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    local = is_local_path(path)
+    if local:
+        _check_folder(path)
+    try:
+        # An empty config: the released config.json names remote code, about which transformers would ask on stdin.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", config=PreTrainedConfig(), trust_remote_code=False
+        )
+        return tokenizer
+    except Exception as error:  # the hub, the JSON reader and the Rust library each raise their own kinds
+        reason = str(error).strip().split("\n")[0]
+        if not local:
+            # What transformers says of a hub that is out of reach is about the files that it has not got.
+            why = "" if "backend tokenizer" in reason else f" ({reason})"
+            raise TokenizerError(
+                f"'{path}' is neither a tokenizer folder here nor one that the Hugging Face hub gives out{why}; name a "
+                "folder with tokenizer.json, or a hub id while the hub can be reached"
+            ) from error
+        raise TokenizerError(
+            f"{path}: no tokenizer can be loaded from here ({reason}); name a folder with tokenizer.json or a hub id"
+        ) from error
 
 
 def _check_folder(path: str) -> None:

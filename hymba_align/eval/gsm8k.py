@@ -157,10 +157,10 @@ def _local_data(section: EvalSection) -> dict[str, Any]:
 
 def _hub_data(repository: str, name: str) -> dict[str, Any]:
     """The key of the task that lets us read the task's own data set, for one clear sentence where it cannot be read."""
-    from hymba_align.data.reading.sources import read_hub
+    from hymba_align.data.reading.sources import read_cached_or_hub
 
     what_to_do = "set gsm8k.train_path and gsm8k.test_path (in a recipe under eval) to local files"
-    splits = read_hub(repository, what_to_do, name=name)
+    splits = read_cached_or_hub(repository, what_to_do, name=name)
     return {"custom_dataset": lambda **_: splits}
 
 

@@ -23,8 +23,8 @@ from hymba_align.data.reading.schemas import SCHEMAS
 from hymba_align.data.rendering import render
 from hymba_align.data.template import load_tokenizer
 from hymba_align.errors import DataError
-from hymba_align.recipe import DataSection, DPOSection, SFTSection
-from hymba_align.recipe_loading import Section, load_section
+from hymba_align.recipe import BaseSection, DataSection, Recipe, SFTSection
+from hymba_align.recipe_loading import load_section
 
 DOCUMENT = "docs/data.md"
 MANUAL = text_of(DOCUMENT)
@@ -33,12 +33,12 @@ WORD_JOINER = "\u2060"
 SEED = 42
 
 
-class Shown(Section):
-    """The parts of a recipe that the manual shows."""
+class Shown(Recipe):
+    """The parts of a recipe that the manual shows; what it leaves out does not matter here."""
 
-    data: DataSection
+    name: str = "shown"
+    base: BaseSection = BaseSection(model="owner/model")
     sft: SFTSection = SFTSection()
-    dpo: DPOSection | None = None
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Run:
     def prepare(self, recipe: Path) -> None:
         self.prepared, self.error = None, None
         shown = load_section(Shown, recipe)
-        section = shown.data.model_copy(update={"workers": 1})
         self.pairs = shown.dpo is not None
+        section = shown.data_for("dpo" if self.pairs else "sft").model_copy(update={"workers": 1})
         try:
             if shown.dpo is not None:
                 self.prepared = prepare_preferences(section, self.tokenizer, shown.dpo.max_length, seed=SEED)

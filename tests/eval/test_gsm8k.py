@@ -233,8 +233,8 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence() -> None:
     with pytest.raises(DataError) as raised:
         load_task(EvalSection())
     assert str(raised.value) == (
-        "openai/gsm8k cannot be read from the Hugging Face hub (Couldn't reach 'openai/gsm8k' on the Hub "
-        "(OfflineModeIsEnabled)); set gsm8k.train_path and gsm8k.test_path (in a recipe under eval) to local files"
+        "openai/gsm8k is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; set gsm8k.train_path and gsm8k.test_path "
+        "(in a recipe under eval) to local files"
     )
 
 

@@ -34,6 +34,7 @@ from hymba_align.data.inspection.findings import (
     Lengths,
     SourceReport,
 )
+from hymba_align.data.inspection.turns import turn_findings
 from hymba_align.data.prepare import Prepared, examine, iterate_examples, prepare_preferences, prepare_sft
 from hymba_align.data.reading.examples import (
     Conversation,
@@ -299,6 +300,7 @@ class _Reader:
         for row in rows:
             seen.turns.update(_roles(row.value))
             self.duplicates.add(row)
+            self.findings += turn_findings(row.place, row.value)
             if self.benchmarks:
                 self._compare(row)
         self._measure(rows, seen)

@@ -27,12 +27,19 @@ OPTIONS = {  # what the command line has for a benchmark that is not at hand
 
 
 def print_report(
-    report: CheckReport, packing: Sequence[str], console: Console, name: str, notes: Sequence[str] = ()
+    report: CheckReport,
+    packing: Sequence[str],
+    console: Console,
+    name: str,
+    notes: Sequence[str] = (),
+    *,
+    comparisons: bool = True,
 ) -> None:
     """Prints one stage's report: counts, lengths, findings by kind, what was not compared, packing, and the verdict.
 
     Args:
         notes: sentences on what the report is about, which stand first.
+        comparisons: False where `print_comparisons` follows, once for several stages.
     """
     from rich.text import Text
 
@@ -53,14 +60,9 @@ def print_report(
         console.print(Text(f"{kind}: {count:,}", style=style))
         for line, indent, line_style in _finding_lines(found):
             _print(console, line, indent, line_style)
-    if report.compared or report.not_compared:
+    if comparisons and (report.compared or report.not_compared):
         console.print()
-    for benchmark in report.compared:
-        short = f" ({benchmark.too_short:,} of them are too short for it)" if benchmark.too_short else ""
-        _print(console, f"Compared with {benchmark.name}: {benchmark.items:,} test items{short}")
-    for missing in report.not_compared:
-        fix = OPTIONS.get(missing.name, missing.fix)
-        _print(console, f"Not compared with {missing.name}: {missing.reason}; {fix}", style="yellow")
+        print_comparisons(report, console)
     if packing:
         console.print()
         console.print(Text("Packing", style="bold"))
@@ -68,6 +70,16 @@ def print_report(
             _print(console, line)
     console.print()
     _print(console, verdict(report), style="bold green" if report.allowed else "bold red")
+
+
+def print_comparisons(report: CheckReport, console: Console) -> None:
+    """Prints which test sets the rows were compared with, and which were not at hand."""
+    for benchmark in report.compared:
+        short = f" ({benchmark.too_short:,} of them are too short for it)" if benchmark.too_short else ""
+        _print(console, f"Compared with {benchmark.name}: {benchmark.items:,} test items{short}")
+    for missing in report.not_compared:
+        fix = OPTIONS.get(missing.name, missing.fix)
+        _print(console, f"Not compared with {missing.name}: {missing.reason}; {fix}", style="yellow")
 
 
 def verdict(report: CheckReport) -> str:

@@ -6,9 +6,9 @@ and every tool call is compared, each by itself; the declarations of tools are n
 
 | benchmark | compared                                                  | found                                               |
 |-----------|-----------------------------------------------------------|-----------------------------------------------------|
-| GSM8K     | question and worked answer of the test set                | a JSON Lines file, else the hub's (or its cache)    |
+| GSM8K     | question and worked answer of the test set                | a JSON Lines file, else the cache's, else the hub's |
 | GPQA      | question and explanation of all 546 items                 | its authors' dataset.zip                            |
-| BFCL      | every user turn of the questions                          | the data of the installed package bfcl-eval         |
+| BFCL      | every user turn of the questions                          | the data of bfcl-eval, wherever it is installed     |
 
 A run that several items share (BFCL asks some questions in several categories) counts for each of them. One shared run
 makes a finding, and common phrases can cause one: it therefore says how much of the item's text was found.
@@ -55,7 +55,9 @@ BFCL_PACKAGE = "bfcl_eval"
 READ_A_FILE = "name a file"
 GSM8K_FIX = "set eval.gsm8k.test_path to GSM8K's test.jsonl"
 GPQA_FIX = "get dataset.zip from github.com/idavidrein/gpqa and name it"
-BFCL_FIX = "pip install --no-deps bfcl-eval"
+BFCL_FIX = "hymba-align install-bfcl"
+BFCL_AGAIN = "pip install --no-deps bfcl-eval --force-reinstall"
+PACKAGES = ("lib/python*/site-packages", "Lib/site-packages")  # of a Python environment, on Windows the latter
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,14 @@ def _text_runs(text: str) -> Hashes:
 
 
 def find_benchmarks(
-    gsm8k_test: str | Path | None = None, gpqa_zip: str | Path | None = None
+    gsm8k_test: str | Path | None = None, gpqa_zip: str | Path | None = None, bfcl_environment: Path | None = None
 ) -> tuple[Benchmark | NotCompared, ...]:
-    """GSM8K, GPQA and BFCL: each as an index, or why it is not compared. Never raises for what is not at hand."""
-    return (_gsm8k(gsm8k_test), _gpqa(gpqa_zip), _bfcl())
+    """GSM8K, GPQA and BFCL: each as an index, or why it is not compared. Never raises for what is not at hand.
+
+    Args:
+        bfcl_environment: the folder of the Python environment that `install-bfcl` makes, there or not.
+    """
+    return (_gsm8k(gsm8k_test), _gpqa(gpqa_zip), _bfcl(bfcl_environment))
 
 
 def _gsm8k(path: str | Path | None) -> Benchmark | NotCompared:
@@ -248,9 +254,9 @@ def gsm8k_items(path: Path) -> Iterator[Item]:
 
 
 def _hub_gsm8k_items() -> Iterator[Item]:
-    from hymba_align.data.reading.sources import read_hub
+    from hymba_align.data.reading.sources import read_cached_or_hub
 
-    rows = read_hub(GSM8K_REPOSITORY, READ_A_FILE, name=GSM8K_SUBSET, split="test")
+    rows = read_cached_or_hub(GSM8K_REPOSITORY, READ_A_FILE, name=GSM8K_SUBSET, split="test")
     for number, row in enumerate(rows, start=1):
         yield Item(f"row {number}", {key: row[key] for key in GSM8K_COLUMNS})
 
@@ -298,18 +304,28 @@ def gpqa_items(table: str) -> list[Item] | None:
     ]
 
 
-def _bfcl() -> Benchmark | NotCompared:
-    spec = importlib.util.find_spec(BFCL_PACKAGE)  # finds a package without running it
-    if spec is None or not spec.submodule_search_locations:
-        return NotCompared("BFCL", "the package bfcl-eval, which ships its data, is not installed", BFCL_FIX)
-    folder = Path(spec.submodule_search_locations[0]) / "data"
+def _bfcl(environment: Path | None) -> Benchmark | NotCompared:
+    folder, broken = _bfcl_data(environment)
+    if folder is None:
+        return NotCompared("BFCL", "its grader, which ships the data, is not installed", BFCL_FIX)
     try:
         items = [item for file in sorted(folder.glob("*.json")) for item in bfcl_items(file)]
     except DataError as error:
-        return NotCompared("BFCL", str(error), f"{BFCL_FIX} --force-reinstall")
+        return NotCompared("BFCL", str(error), broken)
     if not items:
-        return NotCompared("BFCL", f"{folder} holds no questions", f"{BFCL_FIX} --force-reinstall")
+        return NotCompared("BFCL", f"{folder} holds no questions", broken)
     return make_benchmark("BFCL", items)
+
+
+def _bfcl_data(environment: Path | None) -> tuple[Path | None, str]:
+    """The data of bfcl-eval in its own environment or in this one, and what to do where it is damaged; no code of it is run."""
+    found = [path for each in PACKAGES for path in environment.glob(f"{each}/{BFCL_PACKAGE}")] if environment else []
+    if found:
+        return found[0] / "data", f"remove {environment}, and run '{BFCL_FIX}'"
+    spec = importlib.util.find_spec(BFCL_PACKAGE)  # finds a package without running it
+    if spec is None or not spec.submodule_search_locations:
+        return None, BFCL_FIX
+    return Path(spec.submodule_search_locations[0]) / "data", BFCL_AGAIN
 
 
 def bfcl_items(file: Path) -> Iterator[Item]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from hymba_align.data.counts import name_files
 from hymba_align.data.inspection.contamination import NotCompared
 from hymba_align.data.reading.examples import Lost
 
@@ -16,6 +15,7 @@ Kind = Literal[
     "unusable source",
     "cannot be prepared",
     "malformed row",
+    "another schema",
     "wrong role",
     "empty answer",
     "malformed tool call",
@@ -25,16 +25,19 @@ Kind = Literal[
     "equal answers",
     "prefix rewritten",
     "over-long",
+    "empty user turn",
+    "call without result",
+    "repeated user turn",
     "exact duplicate",
     "near duplicate",
     "contamination",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which they are shown
-PLACES_SHOWN = 3
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 
 # What a reason says, and the kind that it is of; the first that fits counts, "malformed row" where none does.
 REASONS: tuple[tuple[str, Kind], ...] = (
+    (r"^the row has the columns of ", "another schema"),
     (r"chosen equals rejected", "equal answers"),
     (r"rewrites the prompt", "prefix rewritten"),
     (r"is the control token", "control token"),
@@ -215,56 +218,6 @@ class CheckReport:
         settings = f", or set {' and '.join(keys)}" if keys else ""
         return f"{what}; correct what is named above{settings}"
 
-    def summary_lines(self, places: int = PLACES_SHOWN) -> list[str]:
-        """The report as plain text, with at most `places` findings of each kind."""
-        lines = [_source_line(source) for source in self.sources]
-        if self.lengths is not None:
-            lines.append(_lengths_line(self.lengths, self.max_length))
-        if self.trained_share is not None:
-            lines.append(f"trained on: {100 * self.trained_share:.1f} % of the tokens")
-        if self.validation_conversations:
-            lines.append(f"for validation: {self.validation_conversations:,} conversations")
-        for kind, count in self.counts.items():
-            lines.append(f"{kind}: {count:,}")
-            lines += [f"  {one.place}: {one.message}; {one.fix}" for one in self.of_kind(kind)[:places]]
-            if count > places:
-                lines.append(f"  and {count - places:,} more")
-        if self.short_rows:
-            lines.append(f"{self.short_rows:,} rows have fewer than 5 words: not searched for near duplicates")
-        for one in self.compared:
-            short = f" ({one.too_short:,} of them have fewer than 8 words and were not)" if one.too_short else ""
-            lines.append(f"compared with {one.name}: {one.items:,} test items{short}")
-        lines += [f"not compared with {one.name}: {one.reason}; {one.fix}" for one in self.not_compared]
-        return [*lines, self.verdict()]
-
 
 def _is_bad_row(finding: Finding) -> bool:
     return finding.kind not in ("over-long", *OF_NO_ROW)
-
-
-def _source_line(source: SourceReport) -> str:
-    turns = ", ".join(f"{count:,} {role}" for role, count in source.turns.items())
-    parts = [f"{source.rows:,} rows{f' ({source.schema})' if source.schema else ''}"]
-    if source.rows_not_chosen:
-        parts.append(f"{source.rows_not_chosen:,} not chosen by keep_fraction")
-    if source.rows_passed_over:
-        parts.append(f"{source.rows_passed_over:,} passed over by the converter")
-    parts.append(f"{source.conversations:,} conversations{f', {source.repeat} times' if source.repeat > 1 else ''}")
-    parts += [f"turns: {turns}"] if turns else []
-    parts.append(f"{source.trained_tokens:,} of {source.total_tokens:,} tokens trained on")
-    if source.ignored_columns:
-        parts.append(f"columns not used: {', '.join(source.ignored_columns)}")
-    if source.unread_keys:
-        parts.append(f"keys of turns not used: {', '.join(source.unread_keys)}")
-    if source.passed_over:
-        parts.append(f"files passed over: {name_files(source.passed_over)}")
-    return f"{source.name}: {'; '.join(parts)}"
-
-
-def _lengths_line(lengths: Lengths, max_length: int) -> str:
-    at = ", ".join(
-        f"{'longest' if percent == 100 else f'{percent} %'} {tokens:,}"
-        for percent, tokens in lengths.percentiles.items()
-    )
-    uncounted = f"; {lengths.uncounted:,} far longer rows were not counted" if lengths.uncounted else ""
-    return f"tokens per row (max_length {max_length:,}): {at or 'none'}{uncounted}"

@@ -37,6 +37,7 @@ JOINERS = "\u200c\u200d"  # which emoji and several scripts are written with
 DOCUMENTS_DRAWN, LAST_DRAWN = 8, 2
 WORDS_CHARACTERS = 60
 WIDE = 400  # columns of a tree that goes to a file
+USER_HEADER = "<extra_id_1>User\n"
 PAGE = Path(__file__).with_name("preview.html.jinja")
 
 
@@ -199,7 +200,19 @@ def _visible_character(character: str) -> str:
 
 
 def first_words(text: str) -> str:
-    """The beginning of what a text says, on one line, without the template's turn headers and tools."""
+    """The beginning of what a text says, from the user's first turn on where it has one, on one line.
+
+    The template's turn headers and tools are left out, and so is the system message, which all rows of a set may share.
+    """
+    return _on_a_line(text.partition(USER_HEADER)[2] or text)
+
+
+def last_question(text: str) -> str:
+    """The beginning of the user's last turn, on one line; of a text without one, its first words."""
+    return _on_a_line(text.rpartition(USER_HEADER)[2])
+
+
+def _on_a_line(text: str) -> str:
     without_tools = re.sub(r"<tool> .*? </tool>\n", " ", text)
     said = " ".join(re.sub(r"<extra_id_\d>(System|User|Assistant|Tool)?\n?", " ", without_tools).split())
     return said if len(said) <= WORDS_CHARACTERS else f"{said[: WORDS_CHARACTERS - 1].rstrip()}…"

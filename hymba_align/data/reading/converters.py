@@ -30,6 +30,7 @@ from typing import Any
 from hymba_align.data.reading.json_text import SHOWN, kind
 from hymba_align.errors import ConverterError, DataError
 from hymba_align.secrets import redact
+from hymba_align.terminal import print_words
 
 THIS_PACKAGE = __name__.partition(".")[0]  # whose code has a digest of its own
 _named: set[tuple[str, str]] = set()  # converters that this process has named aloud, and their files
@@ -157,7 +158,7 @@ def _name_aloud(name: str, module: str, function: str) -> None:
     if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
         from hymba_align.data.inspection.preview import visible
 
-        print(f"convert runs code: {function} of the module {module}, from {visible(file)}", flush=True)
+        print_words(f"convert runs code: {function} of the module {module}, from {visible(file)}")
 
 
 def _origin(module: str) -> str | None:

@@ -56,7 +56,7 @@ class RowReader:
         """The examples of a row of a known schema: the source's, or after a converter its own."""
         schema = self.schema
         if schema is None:
-            schema = schema_of(self.source, row)
+            schema = schema_of(self.source, row, self.stage)
             if self.stage is not None:
                 check_stage(schema, self.stage)
             counts.unread_columns.update(unread_columns(row, schema, self.source))

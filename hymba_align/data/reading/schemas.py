@@ -31,10 +31,18 @@ from hymba_align.data.reading.examples import Example
 from hymba_align.data.reading.json_text import MOST_LEVELS, shown
 from hymba_align.data.reading.messages import CALLS, CANONICAL, TurnStyle
 from hymba_align.errors import ColumnsError, DataError
-from hymba_align.recipe import SchemaName, SourceSection
+from hymba_align.recipe import SchemaName, SourceSection, TrainingStage
 
 TURN_KEYS = ("role", "content")  # what `columns` may rename besides columns
 COLUMNS_SHOWN, SETS_SHOWN = 8, 3  # in a message
+MAPPING, MAPPING_ENDS = "as in columns: {", "}, or name a function with convert"
+"""Around an example of `columns`, so that whoever asks can say it in words of its own"""
+HALF = 0.5  # of a schema's columns, found under its own names
+OFTEN = {  # what files call a column that is not like its name
+    "prompt": ("question", "instruction", "query"),
+    "chosen": ("better", "preferred", "accepted", "good"),
+    "rejected": ("worse", "dispreferred", "bad"),
+}
 COMMONEST = ("prompt_completion", "messages", "question_answer")  # shown where nothing found is like anything known
 COMMON = TurnStyle(
     ("role", "from"),
@@ -81,27 +89,41 @@ SCHEMAS = (
 )
 
 
-def detect_schema(columns: Collection[str]) -> Schema:
+def detect_schema(columns: Collection[str], stage: TrainingStage | None = None) -> Schema:
     """The first schema whose required columns are all there.
 
-    Raises: DataError naming the columns found and the accepted sets, nearest first.
+    Raises: DataError naming the columns found and the accepted sets, nearest first; with a stage, of those that it takes.
     """
     schema = _first_fitting(columns, SCHEMAS)
     if schema is None:
-        nearest = sorted(SCHEMAS, key=partial(_likeness, columns=columns), reverse=True)[:SETS_SHOWN]
-        if not _likeness(nearest[0], columns):
-            nearest = [schema for schema in SCHEMAS if schema.name in COMMONEST]
+        nearest = _nearest_schemas(columns, stage)
         sets = " nor ".join(f"({', '.join(one.required)})" for one in nearest)
         raise ColumnsError(
             f"the columns found are {_named(columns)}, neither {sets} nor another set of docs/data.md; say which is which, "
-            f"as in columns: {{{_mapping(nearest[0], columns)}}}, or name a function with convert"
+            f"{MAPPING}{_mapping(nearest[0], columns)}{MAPPING_ENDS}"
         )
     return schema
 
 
-def schema_of(section: SourceSection, first_row: Mapping[str, Any]) -> Schema:
+def _nearest_schemas(columns: Collection[str], stage: TrainingStage | None) -> list[Schema]:
+    """The few schemas to show where none fits: the nearest, but for DPO, and where there is a better and a worse answer,
+    those of preferences, unless another has more than half of its columns there.
+    """
+    served = [schema for schema in SCHEMAS if stage is None or stage in schema.stages]
+    likeness = partial(_likeness, columns=columns)
+    nearest = sorted(served, key=likeness, reverse=True)[:SETS_SHOWN]
+    rated = stage is None and all(_meant(name, columns) for name in ("chosen", "rejected"))
+    if (stage == "dpo" or rated) and likeness(nearest[0]) <= HALF:
+        return [schema for schema in served if "dpo" in schema.stages][:SETS_SHOWN]
+    if not likeness(nearest[0]):
+        return [schema for schema in served if schema.name in COMMONEST]
+    return nearest
+
+
+def schema_of(section: SourceSection, first_row: Mapping[str, Any], stage: TrainingStage | None = None) -> Schema:
     """The schema of a source's rows: the one that the recipe names, else the one that the first row's columns tell.
 
+    `stage`, where it is known, decides what an error offers.
     Raises: DataError where the columns do not fit, or `columns` names what is not there.
     """
     for canonical, name in section.columns.items():
@@ -112,7 +134,7 @@ def schema_of(section: SourceSection, first_row: Mapping[str, Any]) -> Schema:
             )
     columns = canonical_columns(first_row, section)
     if section.format is None:
-        schema = detect_schema(columns)
+        schema = detect_schema(columns, stage)
     else:
         named = [schema for schema in SCHEMAS if schema.name == section.format]
         fitting = _first_fitting(columns, named)
@@ -194,7 +216,8 @@ def _missing(column: str, row: Mapping[str, Any], schema: Schema) -> str:
     if other is not None and other is not schema and column not in row:
         return (
             f"the row has the columns of {other.name} ({', '.join(other.required)}), and the first row those of "
-            f"{schema.name} ({', '.join(schema.required)}); put rows of each kind into a file of their own"
+            f"{schema.name} ({', '.join(schema.required)}); put rows of each kind into a file of their own and name both files "
+            "in sources, or make all rows one kind with convert"
         )
     near = _nearest(column, [name for name in there if name not in schema.required])
     hint = f" (there is {shown(near)})" if near and column not in row else ""
@@ -227,8 +250,14 @@ def _nearest(required: str, columns: Collection[str]) -> str | None:
 
 
 def _mapping(schema: Schema, columns: Collection[str]) -> str:
-    """An example of `columns` for the schema, with the names found where they are alike."""
-    return ", ".join(f"{name}: {shown(_nearest(name, columns) or 'NAME')}" for name in schema.required)
+    """An example of `columns` for the schema, with the names found where they are alike or mean the same."""
+    return ", ".join(f"{name}: {shown(_meant(name, columns) or 'NAME')}" for name in schema.required)
+
+
+def _meant(required: str, columns: Collection[str]) -> str | None:
+    """The column found that is like the required one, or is often called so."""
+    often = OFTEN.get(required, ())
+    return _nearest(required, columns) or next((str(one) for one in columns if str(one).lower() in often), None)
 
 
 def _named(columns: Collection[str]) -> str:

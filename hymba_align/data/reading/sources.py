@@ -6,6 +6,7 @@ content. Its rows come in chunks, each row with its place: "file:line", or "file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from hymba_align import hub
 from hymba_align.data.reading.file_listing import download_config, is_mentioned, list_files
 from hymba_align.data.reading.raw_rows import RawRow, parse_row
 from hymba_align.data.reading.readers import KINDS, DataFile, Kind, dataset_rows, readable, reason_of
@@ -31,6 +33,7 @@ __all__ = [
     "files_passed_over",
     "open_source",
     "parse_row",
+    "read_cached_or_hub",
     "read_hub",
     "source_digest",
 ]
@@ -162,7 +165,7 @@ def source_digest(section: SourceSection) -> str:
 
     Raises: DataError for files that are missing.
     """
-    commit = _commit(section) if _is_of_the_hub(section.path) else None
+    commit = _commit(section)[0] if _is_of_the_hub(section.path) else None
     if commit is not None:
         return _hub_identity(section, commit)
     try:
@@ -345,9 +348,11 @@ def _content_tag(file: DataFile) -> str:
 
 def _open_hub(section: SourceSection) -> Source:
     _check_no_builder(section.path)
-    commit = _commit(section)
+    commit, silent = _commit(section)
     options = {"name": section.subset, "split": section.split, "revision": commit or section.revision}
     given = {key: value for key, value in options.items() if value is not None}
+    if silent:  # its client would ask for half a minute, as it does for a commit, about which nobody was asked
+        return _from_cache(section, given)
     try:
         dataset = read_hub(section.path, NAME_A_FILE, streaming=True, **given)
     except DataError:
@@ -357,6 +362,19 @@ def _open_hub(section: SourceSection) -> Source:
             raise
         dataset = read_hub(section.path, NAME_A_FILE, **given)  # what was downloaded before serves without a network
     identity = _hub_identity(section, commit or getattr(dataset, "_fingerprint", None))
+    return Source(section.path, (section.path,), section.max_rows, dataset=dataset, version=identity)
+
+
+def _from_cache(section: SourceSection, given: Mapping[str, Any]) -> Source:
+    """A data set that was downloaded before. Raises: DataFileError."""
+    try:
+        with hub.cache_alone():
+            dataset = read_hub(section.path, NAME_A_FILE, **given)
+    except DataError as error:
+        raise DataFileError(
+            f"{section.path} is not in the cache, and the Hugging Face hub does not answer; {NAME_A_FILE}"
+        ) from error
+    identity = _hub_identity(section, getattr(dataset, "_fingerprint", None))
     return Source(section.path, (section.path,), section.max_rows, dataset=dataset, version=identity)
 
 
@@ -382,18 +400,36 @@ def read_hub(repository: str, what_to_do: str, **options: Any) -> Any:
         ) from error
 
 
+def read_cached_or_hub(repository: str, what_to_do: str, **options: Any) -> Any:
+    """What `read_hub` gives, from the cache where it has it; else from the hub, asked once and shortly whether it answers.
+
+    For data sets that do not change any more: a newer version on the hub is not looked for.
+    Raises: DataFileError that ends in `what_to_do`.
+    """
+    with hub.cache_alone(), contextlib.suppress(DataError):
+        return read_hub(repository, what_to_do, **options)
+    problem = "HF_HUB_OFFLINE forbids to fetch it" if hub.is_forbidden() else hub.hub_problem(repository, "dataset")
+    if problem is not None:
+        raise DataFileError(f"{repository} is not in the cache, and {problem}; {what_to_do}")
+    return read_hub(repository, what_to_do, **options)
+
+
 def _hub_identity(section: SourceSection, version: str | None) -> str:
     return _digest("hub", section.path, section.subset, section.split, version or section.revision)
 
 
-def _commit(section: SourceSection) -> str | None:
-    """The commit that the section's revision means now; None where the hub cannot say."""
+def _commit(section: SourceSection) -> tuple[str | None, bool]:
+    """The commit that the section's revision means now, None where the hub cannot say; and whether nobody answers."""
     if section.revision and COMMIT.fullmatch(section.revision):
-        return section.revision
+        return section.revision, False
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return HfApi().dataset_info(section.path, revision=section.revision, timeout=10).sha
+        return HfApi().dataset_info(section.path, revision=section.revision, timeout=10).sha, False
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return None
+        return None, False
+    except Exception as error:
+        if not hub.is_network_error(error):
+            raise
+        return None, True
