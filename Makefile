@@ -18,8 +18,11 @@ install: $(STAMP)
 # torch comes first and alone, because deepspeed's build looks for it. Bytecode is left to the first import: most of these
 # 24,000 modules are never imported, and compiling all takes a minute.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Making a Python environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch, the largest package; minutes, by the network ..."
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	@echo "Installing hymba-align and the other packages; minutes again ..."
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 

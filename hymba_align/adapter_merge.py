@@ -187,7 +187,8 @@ def _read_back(weight: torch.Tensor, quantization: Quantization, name: str) -> t
         from bitsandbytes import functional
     except ImportError as error:
         raise KernelError(
-            f"{name} was trained over quantised weights, and bitsandbytes is missing: pip install 'hymba-align[quantized]'"
+            f"{name} was trained over quantised weights, and bitsandbytes is missing; in the clone of hymba-align: "
+            "pip install -e '.[quantized]'"
         ) from error
     packed, state = functional.quantize_4bit(
         weight.contiguous(),

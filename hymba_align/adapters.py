@@ -99,7 +99,8 @@ def check_quantiser(section: LoraSection) -> None:
     """Raises AdapterError where bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AdapterError(
-            f"lora.quantize is {section.quantize}, and bitsandbytes is missing: pip install 'hymba-align[quantized]'"
+            f"lora.quantize is {section.quantize}, and bitsandbytes is missing; in the clone of hymba-align: "
+            "pip install -e '.[quantized]'"
         )
 
 

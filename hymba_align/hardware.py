@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hymba_align.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,8 @@ class Hardware:
     """Where runs are written"""
     cpu_flops: float | None = None
     """Of float32 matrix products per second, timed here; None where nobody asked"""
+    assumed: str | None = None
+    """How the GPUs were described, where they are not those of this machine"""
 
     @property
     def on_cpu(self) -> bool:
@@ -82,6 +87,23 @@ def detect(folder: Path, *, timed: bool = False) -> Hardware:
         disk_free_bytes=disk_free(folder),
         cpu_flops=_time_products() if timed and not gpus else None,
     )
+
+
+def with_gpus(machine: Hardware, described: str) -> Hardware:
+    """This machine with other GPUs, which compute in bfloat16.
+
+    Args:
+        described: how many and of how many GiB each, such as `8x80`.
+    Raises: UsageError.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4}(?:\.\d+)?)", described)
+    if found is None:
+        raise UsageError(
+            f"--gpus is '{described:.40}'; write how many and the GiB of each, such as 8x80 for eight of 80 GiB"
+        )
+    count, gib = int(found[1]), float(found[2])
+    gpu = GPU("assumed GPU", int(gib * 2**30), bf16=True)
+    return replace(machine, gpus=(gpu,) * count, cpu_flops=None, assumed=described)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -283,10 +283,18 @@ class Estimate:
         """All parts, and what the allocator needs beside them."""
         return int((1 + ALLOCATOR) * sum(vars(self).values()))
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """All parts by name, the allocator's last; they add up to the total."""
+        return {**vars(self), "allocator": self.total - sum(vars(self).values())}
+
+    def parts_in_words(self) -> str:
+        """For people, in GiB and without what is nothing, e.g. `weights 5.7, gradients 5.7, allocator 0.57`."""
+        return ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
+
     def line(self) -> str:
-        """For people, e.g. `17.2 GiB: weights 5.7, gradients 5.7, optimizer 5.7, activations 0.1`."""
-        parts = [f"{name} {gib(size)}" for name, size in vars(self).items() if size]
-        return f"{gib(self.total)} GiB: {', '.join(parts)}"
+        """For people, e.g. `18.1 GiB: weights 5.7, gradients 5.7, optimizer 5.7, activations 0.10, allocator 0.86`."""
+        return f"{gib(self.total)} GiB: {self.parts_in_words()}"
 
 
 def gib(size: float) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -154,7 +154,8 @@ def _parse(text: str, source: _Source, at: KeyPath = (), place: str | None = Non
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = place or (f"{source.name}:{mark.line + 1}" if mark else source.name)
-        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+        remedy = _remedy(error, text) if place is None else ""
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}{remedy}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{place or source.name}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -162,6 +163,32 @@ def _parse(text: str, source: _Source, at: KeyPath = (), place: str | None = Non
     finally:
         loader.dispose()
     return value
+
+
+def _remedy(error: yaml.MarkedYAMLError, text: str) -> str:
+    """A hint on what to correct in a file, with its semicolon; empty where the cause is not plain."""
+    problem, opened = error.problem or "", error.context_mark
+    if error.problem_mark is None:
+        return ""
+    if "found character '\\t'" in problem:
+        return "; indent with spaces, not with tabs"
+    lines, here = text.splitlines(), error.problem_mark.line
+    above = [number for number, line in enumerate(lines[:here]) if line.strip() and not line.strip().startswith("#")]
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    deeper = bool(above) and here < len(lines) and indents[here] > indents[above[-1]]
+    if above and (re.fullmatch(r"expected <block end>, but found '(<block \w+ start>|-)'", problem) or deeper):
+        return f"; check the indentation of lines {above[-1] + 1} and {here + 1}"
+    if problem == "mapping values are not allowed here" and above and ":" not in lines[above[-1]]:
+        return f"; put a colon behind the key in line {above[-1] + 1}"
+    if problem == "mapping values are not allowed here":
+        return "; put a value that holds a colon and a space in quotes"
+    if opened is not None and problem == "could not find expected ':'":
+        return f"; put a colon behind the key in line {opened.line + 1}"
+    if opened is not None and error.context == "while scanning a quoted scalar":
+        return f"; close the quotes that open in line {opened.line + 1}"
+    if opened is not None and error.context in ("while parsing a flow sequence", "while parsing a flow mapping"):
+        return f"; close the bracket that opens in line {opened.line + 1}"
+    return ""
 
 
 def _build(loader: _CoreLoader, node: yaml.Node, source: _Source, path: KeyPath, place: str | None) -> Any:
@@ -212,16 +239,27 @@ def _apply_override(section: type[BaseModel], source: _Source, override: str, pr
 
 def _check_path(section: type[BaseModel], path: KeyPath, place: str, prefix: str) -> None:
     """Raises RecipeError where the schema has no such key; below a free mapping (`trainer`, `config`) all are valid."""
+    before: type[BaseModel] | None = None
     inner: type[BaseModel] | None = section
     for depth, key in enumerate(path):
+        above = prefix + ".".join(path[:depth])
+        if depth and before is not None and _is_list(before, path[depth - 1]):
+            item = f"{{{next(iter(inner.model_fields))}: ...}}" if inner is not None else "value"
+            raise RecipeError(f"{place}: {above} is a list and is given whole, as in {above}=[{item}, ...]")
         if inner is None:
-            above = prefix + ".".join(path[:depth])
             raise RecipeError(f"{place}: {above} is a value and has no keys; write {above}=value")
         if key not in inner.model_fields:
             raise RecipeError(f"{place}: {_unknown_key(section, path[: depth + 1], prefix, 'recipe')}")
+        before = inner
         inner, free = _section_below(inner, key)
         if free:
             return
+
+
+def _is_list(section: type[BaseModel], key: str) -> bool:
+    """Whether the field `key` holds a list."""
+    annotation = section.model_fields[key].annotation
+    return any(get_origin(choice) in (tuple, list) for choice in (annotation, *get_args(annotation)))
 
 
 def _section_below(section: type[BaseModel], key: str) -> tuple[type[BaseModel] | None, bool]:
@@ -248,12 +286,12 @@ def _key_paths(section: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPat
 def _unknown_key(section: type[BaseModel], path: KeyPath, prefix: str, kind: str) -> str:
     """A sentence about an unknown key: the nearest key of the same section, or else of the whole schema."""
     known = [".".join(candidate) for candidate in _key_paths(section)]
-    above = ".".join(path[:-1])
+    above = ".".join(key for key in path[:-1] if not key.isdigit())  # an item of a list has the keys of its kind
     siblings = [dotted for dotted in known if dotted.rpartition(".")[0] == above]
     unknown = ".".join(path)
     near = difflib.get_close_matches(path[-1], [dotted.rpartition(".")[2] for dotted in siblings], n=1)
     if near:
-        hint = f"the nearest is {prefix}{above + '.' if above else ''}{near[0]}"
+        hint = f"the nearest is {prefix}{'.'.join((*path[:-1], near[0]))}"
     else:
         outermost_first = sorted(known, key=lambda dotted: dotted.count("."))
         same_name = [dotted for dotted in outermost_first if dotted.rpartition(".")[2] == path[-1]]

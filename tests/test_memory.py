@@ -172,6 +172,15 @@ def test_recomputation_smaller_batches_and_16_bits_each_take_less() -> None:
     assert estimate(RELEASED, replace(setting, references=1)).total > whole
 
 
+def test_the_parts_add_up_to_the_total_the_allocators_among_them() -> None:
+    for setting in (Setting(batch=1, row_tokens=2048), Setting(batch=8, row_tokens=8192, engine="zero2", processes=8)):
+        needed = estimate(RELEASED, setting)
+        assert sum(needed.parts.values()) == needed.total
+        words = needed.parts_in_words()
+        assert list(needed.parts)[-1] == "allocator"
+        assert sum(float(part.split()[1]) for part in words.split(", ")) == pytest.approx(needed.total / 2**30, abs=0.3)
+
+
 def test_a_line_for_people_names_the_parts() -> None:
     line = estimate(RELEASED, Setting(batch=1, row_tokens=2048, accumulation=2, checkpointing=True)).line()
-    assert line == "25.0 GiB: weights 5.7, gradients 5.7, optimizer 11.3, activations 0.98, head 0.16"
+    assert line == "25.0 GiB: weights 5.7, gradients 5.7, optimizer 11.3, activations 0.98, head 0.16, allocator 1.2"

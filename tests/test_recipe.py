@@ -32,6 +32,20 @@ def test_a_stage_takes_the_keys_of_data_that_it_does_not_set(write) -> None:
     assert again.data_for("dpo").max_rows == 9
 
 
+def test_a_path_of_a_stage_stands_in_the_place_of_several_sources_and_the_reverse(write) -> None:
+    general = BASE + "data: {sources: [{path: a.jsonl, max_rows: 3}, {path: b.jsonl}], bad_rows: drop}\nsft: {}\n"
+    recipe = load_recipe(write(general + "dpo: {data: {path: pairs.csv, columns: {prompt: question}}}\n"))
+
+    assert [source.path for source in recipe.data_for("sft").all_sources] == ["a.jsonl", "b.jsonl"]
+    (source,) = recipe.data_for("dpo").all_sources
+    assert (source.path, source.columns, source.max_rows) == ("pairs.csv", {"prompt": "question"}, None)
+    assert recipe.data_for("dpo").bad_rows == "drop"
+    assert load_recipe(write(recipe.dump_yaml())).data_for("dpo").all_sources == (source,)
+    one = BASE + "data: {path: a.jsonl, columns: {question: q}}\nsft: {}\ndpo: {data: {sources: [{path: b.jsonl}]}}\n"
+    (source,) = load_recipe(write(one)).data_for("dpo").all_sources
+    assert (source.path, source.columns) == ("b.jsonl", {})
+
+
 def test_a_stage_can_undo_a_limit_of_data(write) -> None:
     recipe = load_recipe(write(BASE + "data: {path: a.jsonl, max_rows: 3}\nsft: {}\ndpo: {data: {max_rows: null}}\n"))
 
@@ -136,6 +150,32 @@ def test_scalars_are_read_as_yaml_1_2_reads_them(write, text: str, value: object
         (BASE + "seed: 1\nseed: 2\n", "recipe.yaml:4: seed stands twice, first in line 3; remove one of them"),
         (BASE + "sft:\n  trainer: {a: 1, a: 2}\n", "recipe.yaml:4: sft.trainer.a stands twice, first in line 4; remove one of them"),
         ("name: [\n", "recipe.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
+        (
+            "name: demo\nbase:\n  model: m\n dtype: float32\n",
+            "recipe.yaml:4: not valid YAML: expected <block end>, but found '<block mapping start>'; check the indentation of "
+            "lines 3 and 4",
+        ),
+        (
+            "name: demo\n\n  seed: 1\n",
+            "recipe.yaml:3: not valid YAML: mapping values are not allowed here; check the indentation of lines 1 and 3",
+        ),
+        (
+            "name: a: b\n",
+            "recipe.yaml:1: not valid YAML: mapping values are not allowed here; put a value that holds a colon and a space in "
+            "quotes",
+        ),
+        (
+            "base:\n\tmodel: m\n",
+            "recipe.yaml:2: not valid YAML: found character '\\t' that cannot start any token; indent with spaces, not with tabs",
+        ),
+        ("base\nseed: 1\n", "recipe.yaml:2: not valid YAML: mapping values are not allowed here; put a colon behind the key in line 1"),
+        ("name: demo\nbase\nseed: 1\n", "recipe.yaml:3: not valid YAML: could not find expected ':'; put a colon behind the key in line 2"),
+        ("name: 'x\nseed: 1\n", "recipe.yaml:3: not valid YAML: found unexpected end of stream; close the quotes that open in line 1"),
+        ("name: {a: 1\nb: 2\n", "recipe.yaml:2: not valid YAML: expected ',' or '}', but got ':'; close the bracket that opens in line 1"),
+        (
+            BASE + "sft: {}\ndata:\n  sources:\n    - {path: a, max_row: 3}\n",
+            "recipe.yaml:6: data.sources.0.max_row is not a key of a recipe; the nearest is data.sources.0.max_rows",
+        ),
         ("a: &x [*x]\n", "recipe.yaml: a YAML alias refers to itself; remove it"),
         ("a: !!python/object:os.system {}\n", "recipe.yaml:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
         ("- a\n", 'recipe.yaml: the recipe is ["a"]; it must be a mapping with the keys name, base, ...'),
@@ -179,6 +219,11 @@ def test_a_malformed_recipe_is_one_sentence_with_file_line_key_and_value(write, 
         (
             "name: demo\nbase: {config: {}, tokenizer: t, revision: r}\neval: {}\n",
             "recipe.yaml:2: base: revision names a version of model, and there is no model; remove it",
+        ),
+        (
+            BASE + "data: {sources: [{path: a}, {path: b}]}\ndpo: {data: {roles: {a: user}, columns: {prompt: q}}}\n",
+            "recipe.yaml: dpo.data.columns is of one source, and data has several; give dpo.data a path or sources of its own, "
+            "which then replace those, or move columns into one of data.sources",
         ),
         (
             BASE + "eval: {}\nlaunch: {num_processes: 2}\n",
@@ -262,6 +307,11 @@ def test_an_override_can_remove_a_section(write) -> None:
         ),
         ("data.pth=a", "override 'data.pth=a': data.pth is not a key of a recipe; the nearest is data.path"),
         ("eval.limit.x=3", "override 'eval.limit.x=3': eval.limit is a value and has no keys; write eval.limit=value"),
+        (
+            "data.sources.0.max_rows=12",
+            "override 'data.sources.0.max_rows=12': data.sources is a list and is given whole, as in data.sources=[{path: ...}, ...]",
+        ),
+        ("eval.tasks.0=gsm8k", "override 'eval.tasks.0=gsm8k': eval.tasks is a list and is given whole, as in eval.tasks=[value, ...]"),
         ("eval.limit=few", "override 'eval.limit=few': eval.limit is 'few'; it must be a valid integer"),
         ("eval.limit=[", "override 'eval.limit=[': not valid YAML: expected the node content, but found '<stream end>'"),
         ("eval={limit: 1, limit: 2}", "override 'eval={limit: 1, limit: 2}': eval.limit stands twice, first in line 1; remove one of them"),
@@ -275,6 +325,18 @@ def test_a_malformed_override_is_one_sentence_that_quotes_it(write, override: st
         load_recipe(path, [override])
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.CSV", "rows.json.gz"])
+def test_a_file_of_rows_in_the_place_of_a_recipe_is_told_what_makes_a_recipe(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"messages": []}\n{"messages": []}\n')
+
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / name)
+
+    path = tmp_path / name
+    told = f"{path} is data and no recipe; 'hymba-align init NAME --data {path}' writes a recipe that trains on it"
+    assert str(caught.value) == told
 
 
 def test_yaml_anchors_and_merges_work(write) -> None:

@@ -171,7 +171,9 @@ def test_without_bitsandbytes_the_message_says_what_installs_it(make: Any, monke
     check_adapters(make({}), None, "single")
     with pytest.raises(AdapterError) as error:
         check_adapters(make({"quantize": "nf4"}), None, "single")
-    assert str(error.value) == "lora.quantize is nf4, and bitsandbytes is missing: pip install 'hymba-align[quantized]'"
+    assert str(error.value) == (
+        "lora.quantize is nf4, and bitsandbytes is missing; in the clone of hymba-align: pip install -e '.[quantized]'"
+    )
 
 
 def test_float16_beside_4_bits_is_refused(make: Any) -> None:

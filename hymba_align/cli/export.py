@@ -81,7 +81,8 @@ def export(
 ) -> None:
     """Write CHECKPOINT to OUTPUT, a new folder for other people: weights, tokenizer, licence notes and a model card.
 
-    CHECKPOINT is a run folder (its last stage is meant), a checkpoint, an adapter (which is merged) or a hub repository.
+    CHECKPOINT is a run folder (its last finished training stage is meant), a checkpoint, an adapter (which is merged) or a
+    hub repository.
     For --push the token is taken from HF_TOKEN or from 'hf auth login'.
 
     \b
@@ -113,6 +114,7 @@ def export(
         place=push,
     )
     result = export_to(checkpoint, output, settings, say=click.echo)
+    click.echo(f"Exported: {result.checkpoint}")
     click.echo(f"{output}: {result.parameters:,} parameters in {result.dtype}, {result.bytes / GB:,.3f} GB")
     click.echo(f"Files: {', '.join(result.files)}")
     for remark in result.remarks:

@@ -80,6 +80,19 @@ def examine(recipe: Recipe | None = None, *, hardware: Hardware | None = None) -
     return report
 
 
+def examine_room(recipe: Recipe, hardware: Hardware) -> Report:
+    """Memory of a recipe on GPUs that are assumed; prints it. Nothing else of this machine is looked at."""
+    from hymba_align.doctor.room import room_findings
+
+    console = open_console()
+    report = Report(hardware, {"recipe": room_findings(recipe, hardware)}, [], 0.0)
+    gpus = f"{len(hardware.gpus)} GPUs" if len(hardware.gpus) > 1 else "1 GPU"
+    title = f"Recipe {recipe.name} on {gpus} of {gib(hardware.device_bytes)} GiB, as --gpus {hardware.assumed} assumes"
+    _print(console, title, report.sections["recipe"])
+    _print_wrong(console, report, "Nothing is wrong.")
+    return report
+
+
 def device_findings(hardware: Hardware) -> list[Finding]:
     """Processors, memory, disk and graphics cards."""
     gpus = [
@@ -148,8 +161,12 @@ def _print_others(console: Console, kernels: Sequence[Kernel]) -> None:
 def _print_verdict(console: Console, report: Report) -> None:
     tested = sum(kernel.result is not None for kernel in report.kernels)
     console.print(f"{tested} kernels were tested in {report.seconds:.1f} s.", markup=False)
+    _print_wrong(console, report, "Nothing in use is wrong.")
+
+
+def _print_wrong(console: Console, report: Report, nothing: str) -> None:
     if not report.wrong:
-        console.print("Nothing in use is wrong.", style="green", markup=False)
+        console.print(nothing, style="green", markup=False)
         return
     names = ", ".join(finding.name for finding in report.wrong)
     console.print(f"Wrong: {names} (the lines with !! above).", style="bold red", markup=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from hymba_align import hub
 from hymba_align.checkpoint import base_config, checkpoint_config
 from hymba_align.doctor.findings import Finding
 from hymba_align.errors import HymbaAlignError
@@ -19,15 +18,19 @@ from hymba_align.run.folder import run_root
 from hymba_align.train.common import load_start_tokenizer
 from hymba_align.train.settings import trainer_settings
 
-HUB_TIMEOUT_S = 3.0
 MOMENT_BYTES = 8  # of AdamW's two, in float32, as checkpoints keep them
 ADAPTER_BYTES = 4
 ROWS_OF_TRAINER = 8  # transformers' default micro-batch
 
 
 def room_findings(recipe: Recipe, hardware: Hardware) -> list[Finding]:
-    """Memory of each training stage, disk of the whole run, and the hub where the recipe needs it."""
-    found = [*hub_findings(recipe)]
+    """Memory of each training stage, disk of the whole run, and the hub where the recipe needs it.
+
+    Of GPUs that are assumed, memory alone: hub and disk are those of another machine.
+    """
+    assumed = hardware.assumed is not None
+    found = [] if assumed else hub_findings(recipe)
+    recipe = _on_gpus(recipe) if assumed else recipe
     try:
         shape = Shape.of(_config(recipe))
     except HymbaAlignError as error:
@@ -41,11 +44,22 @@ def room_findings(recipe: Recipe, hardware: Hardware) -> list[Finding]:
             Finding(
                 "processes",
                 "wrong",
-                f"launch.num_processes is {processes}, and there are {hardware.devices} GPUs",
+                f"launch.num_processes is {processes}, and there "
+                + ("is 1 GPU" if hardware.devices == 1 else f"are {hardware.devices} GPUs"),
                 f"launch.num_processes={hardware.devices}, and as many times more gradient_accumulation_steps",
             )
         )
-    return [*found, disk_finding(recipe, shape, hardware)]
+    return found if assumed else [*found, disk_finding(recipe, shape, hardware)]
+
+
+def _on_gpus(recipe: Recipe) -> Recipe:
+    """The recipe with what its trainers would take by default on GPUs with bfloat16, whatever is here."""
+    changed: dict[str, Any] = {}
+    for stage in recipe.training_stages:
+        section = getattr(recipe, stage)
+        trainer = {"use_cpu": False, "bf16": not section.trainer.get("fp16", False), **section.trainer}
+        changed[stage] = section.model_copy(update={"trainer": trainer})
+    return recipe.model_copy(update=changed)
 
 
 def _config(recipe: Recipe) -> HymbaConfig:
@@ -89,8 +103,11 @@ def _memory_finding(stage: TrainingStage, shape: Shape, setting: Setting, hardwa
     # Processes of one machine without GPUs share its memory.
     shared = setting.processes if hardware.on_cpu else 1
     room = ROOM * hardware.device_bytes
-    value = f"about {gib(shared * needed.total)} of {gib(hardware.device_bytes)} GiB of {device}"
-    parts = f"({needed.line().partition(': ')[2]})"
+    taken = (
+        f"{shared} processes x {gib(needed.total)} = {gib(shared * needed.total)}" if shared > 1 else gib(needed.total)
+    )
+    value = f"about {taken} of {gib(hardware.device_bytes)} GiB of {device}"
+    parts = f"({'each: ' if shared > 1 else ''}{needed.parts_in_words()})"
     if shared * needed.total <= room:
         return Finding(f"{stage}: memory", "ok", f"{value} {parts}")
     if setting.pairs and not setting.rows_of_pairs and shared * one.total <= room:
@@ -132,47 +149,27 @@ def hub_findings(recipe: Recipe) -> list[Finding]:
     """One for each thing that the recipe takes from the hub: in the cache, within reach, or neither."""
     found = []
     for what, name, kind in _on_hub(recipe):
-        if _is_cached(name, kind):
+        if hub.is_cached(name, kind):
             found.append(Finding(f"{what}: {name}", "ok", "in the cache"))
-        elif os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        elif hub.is_forbidden():
             fix = "unset HF_HUB_OFFLINE, or name a folder that is here"
             found.append(
                 Finding(f"{what}: {name}", "wrong", "not in the cache, and HF_HUB_OFFLINE forbids to fetch it", fix)
             )
         else:
-            problem = _hub_problem(name, kind)
+            problem = hub.hub_problem(name, kind)
             status: Any = "ok" if problem is None else "wrong"
             found.append(Finding(f"{what}: {name}", status, problem or "on the hub, which answers"))
     return found
 
 
-def _on_hub(recipe: Recipe) -> list[tuple[str, str, str]]:
-    names = {"base.model": (recipe.base.model, "model"), "base.tokenizer": (recipe.base.tokenizer, "model")}
+def _on_hub(recipe: Recipe) -> list[tuple[str, str, hub.Kind]]:
+    names: list[tuple[str, str | None, hub.Kind]] = [
+        ("base.model", recipe.base.model, "model"),
+        ("base.tokenizer", recipe.base.tokenizer, "model"),
+    ]
     for stage in recipe.training_stages:
         for source in recipe.data_for(stage).all_sources:
             if "://" not in source.path:
-                names[f"{stage}.data"] = (source.path, "dataset")
-    return [(what, name, kind) for what, (name, kind) in names.items() if name is not None and not is_local_path(name)]
-
-
-def _is_cached(name: str, kind: str) -> bool:
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _hub_problem(name: str, kind: str) -> str | None:
-    """Why a repository cannot be had, asked with a short timeout; None if it can."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        return f"the hub does not give it out: {str(error).splitlines()[0][:200]}"
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
-        return f"the hub does not answer within {HUB_TIMEOUT_S:.0f} s: {type(error).__name__}"
-    return None
+                names.append((f"{stage}.data", source.path, "dataset"))
+    return [(what, name, kind) for what, name, kind in names if name is not None and not is_local_path(name)]

@@ -17,10 +17,10 @@ MATTER = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "da
 INSTALL_BFCL = "hymba-align install-bfcl"
 OPTIONAL = {
     "triton": ("the fast kernels on GPUs", "pip install triton"),
-    "bitsandbytes": ("QLoRA", "pip install 'hymba-align[quantized]'"),
-    "mamba-ssm": ("another decoding step on GPUs", "pip install --no-build-isolation 'hymba-align[cuda]'"),
-    "causal-conv1d": ("another convolution on GPUs", "pip install --no-build-isolation 'hymba-align[cuda]'"),
-    "flash-attn": ("another attention on GPUs", "pip install --no-build-isolation 'hymba-align[cuda]'"),
+    "bitsandbytes": ("QLoRA", "in the clone: pip install -e '.[quantized]'"),
+    "mamba-ssm": ("another decoding step on GPUs", "in the clone: pip install --no-build-isolation -e '.[cuda]'"),
+    "causal-conv1d": ("another convolution on GPUs", "in the clone: pip install --no-build-isolation -e '.[cuda]'"),
+    "flash-attn": ("another attention on GPUs", "in the clone: pip install --no-build-isolation -e '.[cuda]'"),
 }
 
 
@@ -30,7 +30,12 @@ def version_findings() -> list[Finding]:
     needed, optional = requirements()
     if not needed:
         found.append(
-            Finding("requirements", "note", "this package is not installed, so no ranges are known", "pip install -e .")
+            Finding(
+                "requirements",
+                "note",
+                "this package is not installed, so no ranges are known",
+                "in the clone: pip install -e .",
+            )
         )
     for name in dict.fromkeys([*MATTER, *needed]):
         finding = _required(name, needed.get(name))

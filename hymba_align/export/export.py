@@ -50,7 +50,7 @@ class ExportResult:
 
 
 def export(checkpoint: str, output: Path, settings: ExportSettings, *, say: Callable[[str], None]) -> ExportResult:
-    """Writes a run's last stage, a checkpoint or an adapter (merged) to a new folder that explains itself.
+    """Writes a run's last finished training stage, a checkpoint or an adapter (merged) to a new folder that explains itself.
 
     Raises: UsageError for a source or a folder that cannot be used, StorageError for a disk that is too small.
     """
@@ -82,6 +82,9 @@ def export(checkpoint: str, output: Path, settings: ExportSettings, *, say: Call
         remarks = [*write_notice(folder, card), *write_card(folder, card)]
     files = sorted(file.name for file in output.iterdir())
     size = sum((output / name).stat().st_size for name in files)
+    for later in reversed(source.unfinished):
+        told = f"{later}, a later stage of this run's recipe, is not finished, so this is the model of {source.stage}; "
+        remarks.insert(0, f"{told}'hymba-align run RECIPE' finishes it")
     return ExportResult(
         output, source.checkpoint, source.stage, done, ready.dtype, ready.parameters, size, files,
         settings.with_remote_code, card.license_name, remarks,

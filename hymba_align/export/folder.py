@@ -10,11 +10,10 @@ from pathlib import Path
 
 from hymba_align.errors import StorageError, UsageError
 from hymba_align.files import sync_file, sync_folder
-from hymba_align.run.storage import writing
+from hymba_align.run.storage import AGAIN, writing
 
 GB = 1e9
 SLACK = 1.02  # tokenizer, configuration and card beside the weights
-AGAIN = "then run the same command again"
 
 
 def check_output(output: Path, needed_bytes: int) -> None:

@@ -86,7 +86,7 @@ def write_card(folder: Path, card: Card) -> list[str]:
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=words(card.title),
         opening=_opening(card),
-        use_notes=["With `pip install hymba-align`, in any program that uses transformers:"],
+        use_notes=["With hymba-align installed from its repository, in any program that uses transformers:"],
         snippet=SNIPPET.format(name=json.dumps(card.place)),
         remote_code=card.remote_code,
         released_repository=REMOTE_CODE,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hymba_align.checkpoint_checks import first_line
 from hymba_align.errors import HymbaAlignError, UsageError
+from hymba_align.hub import is_network_error
 from hymba_align.secrets import redact
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ def push(folder: Path, repository: str, *, private: bool, api: HfApi | None = No
 
     Raises: UsageError for a public repository where a private one was asked for, HymbaAlignError for what the hub refuses.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -47,7 +47,9 @@ def push(folder: Path, repository: str, *, private: bool, api: HfApi | None = No
         if private and not client.repo_info(repository).private:
             raise UsageError(f"{repository} is there and public, and --private was asked for; nothing was uploaded")
         commit = client.upload_folder(repo_id=repository, folder_path=folder, commit_message=MESSAGE)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError)) and not is_network_error(error):
+            raise
         raise HymbaAlignError(
             f"{folder} is written, and could not be pushed to {repository}: {redact(first_line(error))}; push it later with "
             f"'hf upload {repository} {folder}'"

@@ -12,6 +12,7 @@ from hymba_align.adapter_folder import Chain
 from hymba_align.errors import UsageError
 from hymba_align.eval.report.contents import STAGES, TRAINING_STAGES, Run, read_run
 from hymba_align.recipe import is_local_path
+from hymba_align.run.folder import RunFolder
 from hymba_align.run.manifest import MANIFEST, check_whole
 
 NVIDIA = "nvidia/hymba"  # how the names of NVIDIA's repositories begin, in small letters
@@ -24,28 +25,48 @@ class Source:
     checkpoint: str
     run: Run | None
     stage: str | None
+    unfinished: tuple[str, ...] = ()
+    """Later stages of the run's recipe that are not finished, where the run folder itself was named"""
 
 
 def find_source(checkpoint: str) -> Source:
     """What a run folder, a checkpoint, an adapter or a hub repository is to be exported as.
 
-    A run folder stands for its last stage. What a run knows of later stages than the exported one is left out.
+    A run folder stands for its last finished training stage; the weights that it starts from are exported by their own
+    folder only. What a run knows of later stages than the exported one is left out.
 
-    Raises: UsageError for a run folder without a finished stage, CheckpointError for weights that changed since they were saved.
+    Raises:
+        UsageError: a run folder without a finished training stage.
+        CheckpointError: weights that changed since they were saved.
     """
     folder = Path(checkpoint)
     if not is_local_path(checkpoint) or not folder.is_dir():
         return Source(checkpoint, None, None)
     if (folder / "recipe.yaml").is_file() and not is_model(folder):
-        stages = [stage for stage in reversed(STAGES) if is_model(folder / stage / "final")]
-        if not stages:
-            raise UsageError(f"{checkpoint} is a run without a finished stage; finish it with 'hymba-align run' first")
-        folder, stage = folder / stages[0] / "final", stages[0]
-        return _checked(Source(str(folder), _until(read_run(folder.parent.parent), stage), stage))
+        return _checked(_of_run(folder, checkpoint))
     root, stage = folder.absolute().parent.parent, folder.absolute().parent.name
     if folder.name == "final" and stage in STAGES and (root / "recipe.yaml").is_file():
         return _checked(Source(checkpoint, _until(read_run(root), stage), stage))
     return _checked(Source(checkpoint, None, None))
+
+
+def _of_run(root: Path, name: str) -> Source:
+    """A run's last finished training stage. Raises: UsageError."""
+    manifests = RunFolder(root)
+    stages = [
+        stage
+        for stage in reversed(TRAINING_STAGES)
+        if is_model(root / stage / "final") and "completed" in manifests.read_manifest(stage)
+    ]
+    if not stages:
+        untrained = root / "base" / "final"
+        where = f", or name {untrained}, the weights before training" if is_model(untrained) else ""
+        raise UsageError(
+            f"{name} is a run without a finished training stage; finish it with 'hymba-align run' first{where}"
+        )
+    stage, run = stages[0], read_run(root)
+    unfinished = tuple(later for later in TRAINING_STAGES[TRAINING_STAGES.index(stage) + 1 :] if run.section(later))
+    return Source(str(root / stage / "final"), _until(run, stage), stage, unfinished)
 
 
 def is_model(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hymba_align.checkpoint import check_embeddings, load_model, tokenizer_place
+from hymba_align.checkpoint import check_embeddings, check_is_hymba, load_model, tokenizer_place
 from hymba_align.data.reading.tool_calls import Tool
 from hymba_align.data.template import load_tokenizer
 from hymba_align.errors import DataFileError, UsageError
@@ -92,6 +92,7 @@ def load_for_inference(
     Raises:
         CheckpointError: either cannot be loaded, or they do not belong together.
     """
+    check_is_hymba(checkpoint, None)  # before the tokenizer, whose absence would hide it
     place, revision = tokenizer_place(checkpoint)
     tokenizer = load_tokenizer(place, revision=revision, chat_template=chat_template)
     model = load_model(checkpoint, dtype=dtype or ("bfloat16" if device.type == "cuda" else "float32"))

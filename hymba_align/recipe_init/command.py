@@ -6,12 +6,13 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.checkpoint import checkpoint_config, hub_config
 from hymba_align.errors import RecipeError
-from hymba_align.hardware import Hardware, detect
+from hymba_align.hardware import Hardware, detect, with_gpus
 from hymba_align.memory import Shape, gib
 from hymba_align.recipe import RUN_NAME, Recipe, is_local_path, load_recipe
 from hymba_align.recipe_init.data_file import look_at
@@ -38,6 +39,8 @@ def write_recipe(
     model: str,
     output: Path | None,
     way: str | None = None,
+    keys: Sequence[str] = (),
+    gpus: str | None = None,
     hardware: Hardware | None = None,
 ) -> dict[str, Any]:
     """Writes the recipe and prints what was found; the same as plain values.
@@ -47,10 +50,13 @@ def write_recipe(
         model: the base, a folder or a repository of the hub.
         output: the recipe's file; None for recipes/NAME.yaml.
         way: how to train, by its name in `TITLES`; None for the best that fits.
+        keys: `key=value` of the recipe's section `data`, which go into it.
+        gpus: GPUs to plan for in place of the machine's, as `with_gpus` takes them.
         hardware: the machine; None for this one.
 
     Raises:
-        RecipeError: the name is none, or the file is there already.
+        UsageError: `gpus` describes none.
+        RecipeError: the name is none, the file is there already, or a key is no key of data.
         StorageError: the file cannot be written.
         OutOfMemoryError: nothing fits.
         DataError: the data cannot be read.
@@ -64,10 +70,13 @@ def write_recipe(
     path = output if output is not None else Path("recipes") / f"{name}.yaml"
     if path.exists():
         raise RecipeError(f"{path} is there already, and init overwrites nothing; give another name, or --output FILE")
+    if keys and data is None:
+        raise RecipeError(f"'{keys[0]}' is about the data, and --data names none; give --data FILE")
+    hardware = hardware if hardware is not None else detect(Path("runs"), timed=gpus is None)
+    hardware = with_gpus(hardware, gpus) if gpus is not None else hardware
     config = _config(model)
     shape = Shape.of(config)
-    looked = look_at(data) if data is not None else None
-    hardware = hardware if hardware is not None else detect(Path("runs"), timed=True)
+    looked = look_at(data, keys) if data is not None else None
     found = ways(hardware, shape, config.max_position_embeddings)
     console = open_console()
     _print_ways(console, hardware, shape, model, found)
@@ -89,7 +98,13 @@ def next_commands(path: Path, plan: Plan) -> list[str]:
     """What to run now, in order."""
     recipe = shlex.quote(str(path))
     check = [f"hymba-align data check {recipe}"] if plan.data is not None else []
-    return [*check, f"hymba-align doctor {recipe}", f"hymba-align run {recipe} --dry-run", f"hymba-align run {recipe}"]
+    there = f" --gpus {plan.hardware.assumed}" if plan.hardware.assumed is not None else ""
+    return [
+        *check,
+        f"hymba-align doctor {recipe}{there}",
+        f"hymba-align run {recipe} --dry-run",
+        f"hymba-align run {recipe}",
+    ]
 
 
 def _config(model: str) -> HymbaConfig:
@@ -124,14 +139,15 @@ def _write(path: Path, text: str) -> Recipe:
 def _print_ways(console: Console, hardware: Hardware, shape: Shape, model: str, found: list[Way]) -> None:
     from rich.table import Table
 
-    console.print(f"This machine: {machine(hardware)}", markup=False)
+    of = "This machine" if hardware.assumed is None else "Assumed"
+    console.print(f"{of}: {machine(hardware)}", markup=False)
     device = "of main memory" if hardware.on_cpu else "of each GPU"
     table = Table(title=f"{model}, {shape.parameters:,} parameters: GiB {device}, estimated", title_justify="left")
     table.add_column("trained")
     whole = console.width >= WIDE
     for column in ("total", *(("weights", "gradients", "optimizer", "rest") if whole else ()), "row of"):
         table.add_column(column, justify="right")
-    table.add_column("here")
+    table.add_column("here" if hardware.assumed is None else "there")
     for way in found:
         part = way.estimate
         rest = part.total - part.weights - part.gradients - part.optimizer
@@ -150,15 +166,18 @@ def _print_choice(console: Console, plan: Plan, path: Path, recipe: Recipe) -> N
             "A run of minutes, with random weights: recipes/tiny/arithmetic.yaml of the repository.", markup=False
         )
     console.print(f"Written: {path}. Next:", markup=False)
-    for command in next_commands(path, plan):
+    *first, last = next_commands(path, plan)
+    for command in first:
         console.print(f"  {command}", markup=False, soft_wrap=True)
+    there = "  # on the machine that has these GPUs" if plan.hardware.assumed is not None else ""
+    console.print(f"  {last}{there}", markup=False, soft_wrap=True)
 
 
 def _plain(way: Way, *, chosen: bool) -> dict[str, Any]:
     return {
         "way": way.name,
         "total_bytes": way.estimate.total,
-        "parts_bytes": way.estimate,
+        "parts_bytes": way.estimate.parts,
         "max_length": way.max_length,
         "processes": way.setting.processes,
         "fits": way.fits,

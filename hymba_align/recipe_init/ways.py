@@ -172,4 +172,6 @@ def fits(needed: Estimate, hardware: Hardware) -> bool:
 
 def _has(hardware: Hardware) -> str:
     where = "this machine" if hardware.on_cpu else f"a GPU of this machine ({hardware.gpus[0].name})"
+    if hardware.assumed is not None:
+        where = f"each GPU that --gpus {hardware.assumed} assumes"
     return f"{where} has {gib(hardware.device_bytes)} GiB"

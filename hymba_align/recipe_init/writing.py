@@ -29,6 +29,12 @@ LEARNING_RATES: dict[tuple[TrainingStage, bool], tuple[str, str]] = {
     ),
     ("dpo", True): ("1e-5", "3.3 times that of all parameters, as measured for SFT; never measured for DPO"),
 }
+WHY = {
+    "format": "found from the columns; 'hymba-align data preview' shows what is trained on",
+    "bad_rows": "a row that cannot be used stops the run; drop: leave it out and count it",
+    "over_long": "the same for rows above max_length; drop, or for conversations truncate, split",
+    "validation_fraction": "kept back, so that a falling loss can be told from learning by heart",
+}
 HUB_DATA = {
     "sft": ("allenai/tulu-3-sft-mixture", "train", "939,343 conversations; its card lists the licences of its parts"),
     "dpo": ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "61,135 pairs of answers; MIT"),
@@ -62,8 +68,9 @@ class Plan:
             return HUB_ROWS_ON_CPU if self.hardware.on_cpu else None
         if not self.data.whole:
             return None
-        rows = self.data.rows
-        return rows if stage == "dpo" else max(1, min(rows, -(-self.data.tokens // self.way.max_length)))
+        share = self.data.given.get("keep_fraction", 1.0) * self.data.given.get("repeat", 1)
+        rows, tokens = max(1, round(share * self.data.rows)), round(share * self.data.tokens)
+        return rows if stage == "dpo" else max(1, min(rows, -(-tokens // self.way.max_length)))
 
     def global_batch(self, stage: TrainingStage) -> int:
         """Sequences of an optimizer step: the published number, or a power of two that makes enough steps of an epoch."""
@@ -120,6 +127,8 @@ def machine(hardware: Hardware) -> str:
     if hardware.on_cpu:
         return f"no GPU; {host}"
     numbers = "bfloat16" if hardware.bf16 else "no bfloat16"
+    if hardware.assumed is not None:
+        return f"{len(hardware.gpus)} x {gib(hardware.device_bytes)} GiB of GPU memory, {numbers}, as --gpus says; here: {host}"
     return f"{len(hardware.gpus)} x {hardware.gpus[0].name} of {gib(hardware.device_bytes)} GiB, {numbers}; {host}"
 
 
@@ -131,8 +140,9 @@ def _scalar(value: str) -> str:
 def _head(plan: Plan) -> str:
     setting = plan.setting(plan.stages[0])
     needed = estimate(plan.shape, setting)
+    where = "for this machine:" if plan.hardware.assumed is None else "for GPUs that were assumed, not found:"
     lines = [
-        f"# Written by 'hymba-align init {plan.name}' (hymba-align {__version__}) for this machine:",
+        f"# Written by 'hymba-align init {plan.name}' (hymba-align {__version__}) {where}",
         f"#   {machine(plan.hardware)}.",
         f"# {plan.way.title} of {_scalar(plan.model)} ({plan.shape.parameters:,} parameters): {plan.stages[0].upper()} takes",
         f"# about {needed.line()}",
@@ -176,30 +186,27 @@ def _lora(plan: Plan) -> str:
         "  targets: [linear] # every linear layer of attention, Mamba and MLP; also: mixer, ssm, mlp, names",
     ]
     if adapters.quantized:
-        lines.append("  quantize: nf4 # large matrices in 4 bits; needs pip install 'hymba-align[quantized]'")
+        lines.append("  quantize: nf4 # large matrices in 4 bits; needs, in the clone, pip install -e '.[quantized]'")
     return "\n".join([*lines, ""])
 
 
 def _data(data: DataFile) -> str:
-    held_out = data.rows * HELD_OUT >= FEWEST_HELD_OUT
+    held_out = data.rows * HELD_OUT >= FEWEST_HELD_OUT and not data.given.get("streaming")  # a stream keeps none back
     counted = f"{data.rows:,} rows" if data.whole else f"{data.rows:,} rows and more"
-    return "\n".join(
-        [
-            "data:",
-            f"  path: {_scalar(data.path)} # {counted}, about {data.tokens:,} tokens ({CHARACTERS_PER_TOKEN} characters each)",
-            f"  format: {data.schema} # found from the columns; 'hymba-align data preview' shows what is trained on",
-            "  bad_rows: refuse # a row that cannot be used stops the run; drop: leave it out and count it",
-            "  over_long: refuse # the same for rows above max_length; drop, or for conversations truncate, split",
-            *(
-                [
-                    f"  validation_fraction: {HELD_OUT} # kept back, so that a falling loss can be told from learning by heart"
-                ]
-                if held_out
-                else []
-            ),
-            "",
-        ]
-    )
+    ours = {
+        **({"format": data.schema} if data.schema is not None else {}),
+        "bad_rows": "refuse",
+        "over_long": "refuse",
+        **({"validation_fraction": HELD_OUT} if held_out else {}),
+    }
+    lines = [
+        "data:",
+        f"  path: {_scalar(data.path)} # {counted}, about {data.tokens:,} tokens ({CHARACTERS_PER_TOKEN} characters each)",
+        *(f"  {key}: {value} # {WHY[key]}" for key, value in ours.items() if key not in data.given),
+    ]
+    if data.given:
+        lines += ["  # as the command line said:", textwrap.indent(dump_yaml(dict(data.given)), "  ").rstrip()]
+    return "\n".join([*lines, ""])
 
 
 def _stage(plan: Plan, stage: TrainingStage) -> str:
@@ -207,36 +214,15 @@ def _stage(plan: Plan, stage: TrainingStage) -> str:
     processes = setting.processes
     of_steps = f"{setting.batch} x {setting.accumulation}" + (f" x {processes} devices" if processes > 1 else "")
     rate, why = LEARNING_RATES[stage, plan.adapts]
-    sequences = plan.sequences(stage)
-    # Of the hub's data nobody counted the tokens: in packed rows they are fewer than as conversations.
-    about = "at most" if plan.data is None and stage == "sft" else "about"
-    steps, epochs = "the published batch", "as published; small sets take 2 or 3: watch the loss of validation"
-    if sequences is not None:
-        of_epoch = max(1, sequences // batch)
-        steps = f"{about} {of_epoch:,} {'step' if of_epoch == 1 else 'steps'} an epoch"
-        if of_epoch < FEW_STEPS:
-            epochs = "as published; so few steps teach next to nothing: more epochs, or fewer rows a step"
+    steps, epochs = _steps_in_words(plan, stage)
     unit = "pairs" if stage == "dpo" else "packed rows"
     without = gib(estimate(plan.shape, _not_recomputed(setting)).total)
     needed = estimate(plan.shape, setting)
     room = "what fits" if fits(needed, plan.hardware) else "MORE THAN FITS here, take another --way"
-    lines = [f"{stage}:"]
-    if plan.data is None:
-        path, split, what = HUB_DATA[stage]
-        lines += [
-            f"  data: # {what}",
-            f"    path: {path} # or a file of yours: docs/data.md lists the columns",
-            f"    split: {split}",
-            "    bad_rows: drop # nobody can correct a row of the hub",
-            "    over_long: truncate",
-            *(
-                [f"    max_rows: {HUB_ROWS_ON_CPU} # without a GPU all would take years"]
-                if plan.hardware.on_cpu
-                else []
-            ),
-        ]
     length = plan.way.dpo_length if stage == "dpo" else plan.way.max_length
-    lines += [
+    lines = [
+        f"{stage}:",
+        *(_hub_data(plan, stage) if plan.data is None else ()),
         f"  max_length: {length} # text tokens of {'prompt and answer' if stage == 'dpo' else 'a packed row'}",
         "  trainer: # any field of " + ("trl.DPOConfig" if stage == "dpo" else "trl.SFTConfig"),
         f"    learning_rate: {rate} # {why}",
@@ -256,6 +242,33 @@ def _stage(plan: Plan, stage: TrainingStage) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _steps_in_words(plan: Plan, stage: TrainingStage) -> tuple[str, str]:
+    """How many steps an epoch has, and what to think of one epoch."""
+    sequences, epochs = plan.sequences(stage), "as published; small sets take 2 or 3: watch the loss of validation"
+    if sequences is None:
+        return "the published batch", epochs
+    # Of the hub's data nobody counted the tokens: in packed rows they are fewer than as conversations.
+    about = "at most" if plan.data is None and stage == "sft" else "about"
+    steps = max(1, sequences // plan.global_batch(stage))
+    if steps < FEW_STEPS:
+        epochs = "as published; so few steps teach next to nothing: more epochs, or fewer rows a step"
+    return f"{about} {steps:,} {'step' if steps == 1 else 'steps'} an epoch", epochs
+
+
+def _hub_data(plan: Plan, stage: TrainingStage) -> list[str]:
+    """The lines on a stage's data where the user has named none."""
+    path, split, what = HUB_DATA[stage]
+    lines = [
+        f"  data: # {what}",
+        f"    path: {path} # or a file of yours: docs/data.md lists the columns",
+        f"    split: {split}",
+        "    bad_rows: drop # nobody can correct a row of the hub",
+        "    over_long: truncate",
+    ]
+    few = f"    max_rows: {HUB_ROWS_ON_CPU} # without a GPU all would take years"
+    return [*lines, few] if plan.hardware.on_cpu else lines
 
 
 def _not_recomputed(setting: Setting) -> Setting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from hymba_align import hub
 from hymba_align.cli import main
-from hymba_align.doctor import room, versions
+from hymba_align.doctor import versions
 from hymba_align.doctor.command import examine
 from hymba_align.doctor.findings import Finding
 from hymba_align.doctor.kernels import look_at_kernels
 from hymba_align.doctor.room import disk_finding, hub_findings, room_findings, stage_setting
 from hymba_align.doctor.self_test import check_kernel
 from hymba_align.doctor.versions import version_findings
-from hymba_align.hardware import GPU, Hardware
-from hymba_align.memory import Shape
+from hymba_align.errors import UsageError
+from hymba_align.hardware import GPU, Hardware, with_gpus
+from hymba_align.memory import Shape, estimate, gib
 from hymba_align.model import HymbaConfig
 from hymba_align.model.kernels import choice, native
 from hymba_align.model.kernels.conv import GatherConv
@@ -180,6 +183,58 @@ def test_a_recipe_without_room_is_wrong_and_with_room_is_not() -> None:
     assert named(few, "processes").value == "launch.num_processes is 8, and there are 2 GPUs"
 
 
+def test_several_processes_on_one_machine_are_counted_in_words_that_multiply_out() -> None:
+    found = named(room_findings(released(), Hardware((), 2, 24 * GIB, 2000 * GIB)), "sft: memory")
+
+    each = estimate(Shape.of(HymbaConfig()), stage_setting(released(), "sft", on_cpu=True))
+    assert found.value == (
+        f"about 8 processes x {gib(each.total)} = {gib(8 * each.total)} of 24.0 GiB of this machine (each: "
+        f"{each.parts_in_words()})"
+    )
+
+
+def test_a_recipe_is_compared_with_gpus_that_are_not_here_by_what_it_would_take_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", TINY, "--gpus", "1x80", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["sections"]["recipe"]] == [
+        "sft: memory", "dpo: memory",
+    ]  # fmt: skip
+    recipe = load_recipe("recipes/hymba-1.5b/instruct.yaml", ["launch.launcher=null", "launch.num_processes=1"])
+    assert recipe.sft is not None
+    said_nothing = {
+        key: value for key, value in recipe.sft.trainer.items() if key not in ("bf16", "gradient_checkpointing")
+    }
+    silent = recipe.model_copy(update={"sft": recipe.sft.model_copy(update={"trainer": said_nothing})})
+    assumed = with_gpus(Hardware((), 2, 24 * GIB, 2000 * GIB), "1x80")
+    assert room_findings(silent, assumed)[0] == room_findings(recipe, assumed)[0]
+
+
+def test_gpus_without_a_recipe_or_of_no_size_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--gpus", "8x80"]) == 2
+    told = capsys.readouterr().err
+    assert "Error: --gpus is about the memory that a recipe needs; name the recipe\n" in told
+    for described in ("8*80", "0x80", "8x", "x80", "8x80GB"):
+        with pytest.raises(UsageError) as caught:
+            with_gpus(LARGE, described)
+        assert str(caught.value) == (
+            f"--gpus is '{described}'; write how many and the GiB of each, such as 8x80 for eight of 80 GiB"
+        )
+
+
+def test_no_text_sends_anybody_to_a_package_index_for_hymba_align() -> None:
+    root = Path(__file__).resolve().parents[2]
+    texts = [
+        *root.glob("hymba_align/**/*.py"),
+        *root.glob("docs/**/*.md"),
+        *root.glob("recipes/**/*"),
+        root / "README.md",
+    ]
+    read = {path: path.read_text(encoding="utf-8") for path in texts if path.is_file()}
+    found = {path: re.findall(r"pip install[^\n`]*?['\"\s]hymba-align\b", text) for path, text in read.items()}
+    assert {path: one for path, one in found.items() if one} == {}, "no such distribution is published"
+
+
 def test_disk_counts_checkpoints_final_weights_and_a_random_base() -> None:
     P = Shape.of(HymbaConfig()).parameters
     found = disk_finding(released(), Shape.of(HymbaConfig()), LARGE)
@@ -218,13 +273,16 @@ def test_what_the_hub_has_is_looked_up_in_the_cache_first(monkeypatch: pytest.Mo
     assert (data.status, data.value) == ("wrong", "not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
 
     def slow(self: Any, *given: Any, timeout: float, **named: Any) -> None:
-        assert timeout == room.HUB_TIMEOUT_S
+        assert timeout == hub.TIMEOUT_S
         raise httpx.ConnectTimeout("slow")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", slow)
     assert hub_findings(released(dpo=None))[1].value == "the hub does not answer within 3 s: ConnectTimeout"
     assert hub_findings(load_recipe(TINY)) == []
+    sources = [{"path": "someone/rows"}, {"path": "data/arithmetic/train.jsonl"}]
+    several = load_recipe(TINY, [f"data={{sources: {json.dumps(sources)}}}", "dpo=null"])
+    assert [finding.name for finding in hub_findings(several)] == ["sft.data: someone/rows"]
 
 
 def test_json_is_one_object_with_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

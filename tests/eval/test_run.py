@@ -360,7 +360,7 @@ def test_all_that_keeps_tasks_from_being_scored_is_said_at_once(
     )
 
     with pytest.raises(SeveralErrors) as raised:
-        check_tasks(section, TASKS, ask_hub=False)
+        check_tasks(section, TASKS, ask_hub=True)
     lines = str(raised.value).split("\n")
     assert lines[:3] == [
         "5 tasks cannot be scored:",

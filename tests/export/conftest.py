@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hymba_align.eval.result import Sample, Score, TaskResult
+from hymba_align.run.folder import RunFolder
 from tests.adapters_of_others import write_adapter, write_base
 
 QUESTION = "a question of GPQA that nobody may publish"
@@ -52,6 +53,7 @@ def run(base: Path, tmp_path: Path) -> Path:
         "data": {"path": "s3://bucket/train.jsonl", "storage_options": {"secret": "hunter2hunter2"}},
         "sft": {"max_length": 64, "trainer": {"learning_rate": 0.001}},
     }
+    RunFolder(root).mark_complete("sft", "what entered it", {})
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (root / "environment.json").write_text(json.dumps({"gpus": [], "cpu_count": 2, "versions": {"torch": "2.13"}}))
     source = {

@@ -47,6 +47,36 @@ def test_a_run_is_exported_by_its_last_stage_and_opens_here(run: Path, base: Pat
     assert not settings.keys() & {"is_local", "local_files_only", "name_or_path"}
 
 
+def test_a_run_whose_first_stage_was_stopped_is_not_exported_untrained(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "sft" / "final").rename(run / "sft" / "checkpoint-1")
+
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"Error: {run} is a run without a finished training stage; finish it with 'hymba-align run' first, or name "
+        f"{run}/base/final, the weights before training"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_dpo_was_stopped_says_which_stage_it_exports_and_what_is_not_finished(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(f"{recipe}dpo: {{max_length: 64}}\n")
+    (run / "dpo" / "checkpoint-1").mkdir(parents=True)
+
+    exported(run, tmp_path / "out")
+
+    told = capsys.readouterr().out
+    assert f"Exported: {run}/sft/final\n" in told
+    assert (
+        "To do: dpo, a later stage of this run's recipe, is not finished, so this is the model of sft; "
+        "'hymba-align run RECIPE' finishes it\n"
+    ) in told
+
+
 @needs_released
 def test_with_remote_code_every_key_of_the_released_configuration_is_there(base: Path, tmp_path: Path) -> None:
     config = exported(base, tmp_path / "out", "--with-remote-code")

@@ -78,10 +78,13 @@ def test_what_should_be_private_is_never_uploaded_to_a_public_repository(
     assert hub.uploaded == set()
 
 
+@pytest.mark.parametrize(
+    "kind", [OSError, type("ConnectError", (Exception,), {"__module__": "httpx2"})], ids=["refused", "no network"]
+)
 def test_a_hub_that_refuses_leaves_the_folder_and_says_how_to_go_on(
-    hub: Hub, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: type[Exception], hub: Hub, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.error = OSError(f"403 Forbidden for {TOKEN}")
+    hub.error = kind(f"403 Forbidden for {TOKEN}")
 
     assert main(["export", str(base), str(tmp_path / "out"), "--push", "me/mine"]) == 1
 

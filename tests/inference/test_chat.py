@@ -63,6 +63,19 @@ def saved(tmp_path: Path) -> Path:
 # ---- in a pipe ------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_folder_in_the_place_of_a_checkpoint_is_told_those_in_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "final").symlink_to(checkpoint)
+
+    assert asked(monkeypatch, "2 + 3?", tmp_path / "run") == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"Error: {tmp_path}/run: the folder has no config.json, so it is no checkpoint; below it are "
+        f"{tmp_path}/run/sft/final"
+    )
+
+
 def test_in_a_pipe_stdout_has_the_answer_alone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

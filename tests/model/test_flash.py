@@ -172,7 +172,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     reason = flash.unavailable(torch.device("cuda"), torch.bfloat16)
     assert reason is not None
     assert reason.startswith("flash-attn does not load (")
-    assert reason.endswith("): pip install --no-build-isolation 'hymba-align[cuda]'")
+    assert reason.endswith("); in the clone: pip install --no-build-isolation -e '.[cuda]'")
 
 
 def test_a_gpu_that_is_too_old_is_sent_to_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:

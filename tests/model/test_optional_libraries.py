@@ -315,4 +315,4 @@ def test_a_library_says_where_it_cannot_run(
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.selective_state_update", None)
     reason = module.unavailable(cuda, torch.bfloat16)
     assert reason.startswith(f"{name} does not load (")
-    assert reason.endswith("): pip install --no-build-isolation 'hymba-align[cuda]'")
+    assert reason.endswith("); in the clone: pip install --no-build-isolation -e '.[cuda]'")

@@ -296,6 +296,96 @@ def test_data_that_is_not_there_or_has_no_known_columns_is_named(here: Path) -> 
     assert not Path("recipes").exists()
 
 
+def test_columns_of_other_names_are_told_as_the_command_takes_them_and_go_into_the_recipe(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = rows("my.jsonl", {"frage": "1+1", "answer": "2"}, 3)
+    assert main(["init", "mine", "--data", data, "--gpus", "1x80"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "Error: my.jsonl:1: the columns found are 'frage', 'answer', neither (question, answer) nor (prompt, chosen, rejected) "
+        "nor (conversations, chosen, rejected) nor another set of docs/data.md; say which is which, as in "
+        "\"columns={question: 'NAME', answer: 'answer'}\" behind the command, or name a function with convert=MODULE:FUNCTION"
+    )
+    given = ["columns={question: 'frage', answer: 'answer'}", "data.bad_rows=drop"]
+    assert main(["init", "mine", *given, "--data", data, "--gpus", "1x80"]) == 0
+    recipe = load_recipe("recipes/mine.yaml")
+    assert recipe.data is not None
+    assert recipe.data.columns == {"question": "frage", "answer": "answer"}
+    assert (recipe.data.format, recipe.data.bad_rows, recipe.data.over_long) == ("question_answer", "drop", "refuse")
+
+
+def test_rows_that_a_function_converts_need_no_known_columns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my_rows.py").write_text(
+        "def pair(row):\n    return [{'prompt': row['a'], 'chosen': row['b'], 'rejected': 'no'}]\n"
+    )
+    monkeypatch.syspath_prepend(str(here))
+    data = rows("my.jsonl", {"a": "1+1", "b": "2"}, 3)
+    path, result = written(data=data, keys=("convert=my_rows:pair",), hardware=gpus(1, 80))
+    recipe = load_recipe(path)
+    assert recipe.data is not None
+    assert (recipe.data.convert, recipe.data.format, result["data"].schema) == ("my_rows:pair", None, None)
+    assert recipe.training_stages == ("dpo",)
+
+
+def test_what_a_function_makes_wrong_is_told_with_its_row(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("wrong_rows.py").write_text("def nothing(row):\n    return {'nonsense': 1}\n")
+    monkeypatch.syspath_prepend(str(here))
+    data = rows("my.jsonl", {"a": "1+1"}, 3)
+    with pytest.raises(DataFileError, match=r"^my\.jsonl:1: .*nonsense"):
+        written(data=data, keys=("convert=wrong_rows:nothing",), hardware=gpus(1, 80))
+
+
+def test_a_stream_keeps_no_rows_back_and_a_share_of_rows_makes_fewer_steps(here: Path) -> None:
+    data = rows("my.jsonl", {"question": "1+1" * 1000, "answer": "2"}, 600)
+
+    def rows_of_an_epoch(name: str, *keys: str) -> int:
+        text = written(name, data=data, keys=keys, hardware=gpus(1, 80))[0].read_text()
+        assert ("validation_fraction" in text) is (name != "streamed")
+        found = re.search(r"= (\d+) packed rows a step: about (\d+) step", text)
+        assert found is not None, text
+        return int(found[1]) * int(found[2])
+
+    assert rows_of_an_epoch("streamed", "streaming=true") == rows_of_an_epoch("whole")
+    assert rows_of_an_epoch("tenth", "keep_fraction=0.1") * 10 < rows_of_an_epoch("twice", "repeat=2")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keys": ("bad_rows=drop",)}, "'bad_rows=drop' is about the data, and --data names none; give --data FILE"),
+        (
+            {"data": "my.jsonl", "keys": ("path=other.jsonl",)},
+            "override 'path=other.jsonl': --data says already what is read, my.jsonl; leave one of them out",
+        ),
+        (
+            {"data": "my.jsonl", "keys": ("column=3",)},
+            "override 'column=3': data.column is not a key of a recipe; the nearest is data.columns",
+        ),
+    ],
+)
+def test_a_key_that_is_none_of_the_data_is_refused(given: dict[str, Any], message: str, here: Path) -> None:
+    rows("my.jsonl", {"question": "1+1", "answer": "2"}, 1)
+    with pytest.raises(RecipeError) as caught:
+        written(**given, hardware=CPU)
+    assert str(caught.value) == message
+
+
+def test_for_gpus_that_are_not_here_the_recipe_is_what_a_machine_with_them_gets_and_says_that_they_are_assumed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assumed, _ = written("assumed", hardware=CPU, gpus="8x80")
+    told = capsys.readouterr().out.replace("\n", " ")
+    found, _ = written("found", hardware=gpus(8, 80))
+    text = assumed.read_text()
+    assert text.startswith(
+        "# Written by 'hymba-align init assumed' (hymba-align 0.1.0) for GPUs that were assumed, not found:\n"
+        "#   8 x 80.0 GiB of GPU memory, bfloat16, as --gpus says; here: 2 cores, 24.0 GiB; 50.0 GiB of disk free.\n"
+    )
+    assert text.splitlines()[2:] == found.read_text().replace("found", "assumed").splitlines()[2:]
+    assert "hymba-align doctor recipes/assumed.yaml --gpus 8x80" in told
+    assert "hymba-align run recipes/assumed.yaml  # on the machine that has these GPUs" in told
+
+
 def test_this_machine_is_found() -> None:
     found = detect(Path("nowhere/runs"), timed=True)
     assert found.memory_bytes > GIB // 4

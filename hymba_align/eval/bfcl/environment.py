@@ -52,6 +52,15 @@ def bfcl_python() -> Path:
     return _python(folder)
 
 
+def missing_grader() -> str | None:
+    """Why BFCL cannot be graded here, with the command that installs its grader; None where it is installed."""
+    try:
+        bfcl_python()
+    except GraderError as error:
+        return str(error)
+    return None
+
+
 def install(folder: Path, say: Callable[[str], None], *, python: str = sys.executable) -> None:
     """Makes the environment, unless it is there; one that is half made or outdated is made anew.
 

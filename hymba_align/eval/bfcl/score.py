@@ -23,7 +23,7 @@ from hymba_align.eval.bfcl.categories import (
     shares,
 )
 from hymba_align.eval.bfcl.client import BFCLClient, Grade
-from hymba_align.eval.bfcl.environment import BFCL_VERSION, bfcl_python
+from hymba_align.eval.bfcl.environment import BFCL_VERSION, bfcl_python, missing_grader
 from hymba_align.eval.bfcl.prompts import Entry, prompts_of, question_of
 from hymba_align.eval.lm_tasks import check_context, length_warnings
 from hymba_align.eval.result import Sample, Score, TaskResult
@@ -104,8 +104,10 @@ def data_files(section: EvalSection) -> list[Path]:
 
 def check_data(section: EvalSection, task: Task, *, ask_hub: bool) -> None:
     """Raises GraderError without BFCL's environment, or where multi-turn calls cannot be confined; RecipeError for a
-    category that is not run."""
+    category that is not run. A plan (without `ask_hub`) goes on without that environment, and says so by itself."""
     chosen = chosen_categories(section.bfcl.categories)
+    if not ask_hub and missing_grader() is not None:
+        return
     python = bfcl_python()
     if set(MULTI_TURN) & set(chosen):
         from hymba_align.eval.bfcl.sandbox import Sandbox

@@ -98,7 +98,7 @@ def test_scoring_without_the_grader_names_the_command(tmp_path: Path, monkeypatc
     monkeypatch.delenv("HYMBA_ALIGN_BFCL", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     with pytest.raises(GraderError) as raised:
-        check_data(EvalSection(tasks=("bfcl",)), "bfcl", ask_hub=False)
+        check_data(EvalSection(tasks=("bfcl",)), "bfcl", ask_hub=True)
     missing = "BFCL's grader is not installed in {}; run '{}' once"
     assert str(raised.value) == missing.format(tmp_path / "bfcl-eval", "hymba-align install-bfcl")
     monkeypatch.setenv("HYMBA_ALIGN_BFCL", str(tmp_path / "b"))
