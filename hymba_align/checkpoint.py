@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from hymba_align.checkpoint_checks import (
 from hymba_align.errors import CheckpointError, RecipeError, TokenizerError
 from hymba_align.files import checked_file
 from hymba_align.recipe import BaseSection, is_local_path
+from hymba_align.terminal import print_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         from hymba_align.data.inspection.preview import visible
 
-        print(visible(line), file=sys.stderr, flush=True)
+        print_words(visible(line), stderr=True)
 
 
 def _load_whole(path: str | Path, revision: str | None, dtype: str) -> HymbaForCausalLM:

@@ -285,6 +285,8 @@ def tensor_headers(file: Path, title: str | Path) -> dict[str, tuple[str, tuple[
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
             return {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+    except PermissionError as error:
+        raise WeightsError(f"{title}: {file.name} may not be read by this user; change its mode or owner") from error
     except (OSError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:  # torch's where mapping fails
         raise WeightsError(
             f"{title}: {file.name} is not a whole safetensors file: {first_line(error)}; copy it again"

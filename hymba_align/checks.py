@@ -17,7 +17,7 @@ import torch
 
 from hymba_align.adapters import check_adapters
 from hymba_align.checkpoint import base_config, check_embeddings, check_is_hymba, checkpoint_config
-from hymba_align.errors import DataFileError, LaunchError, RecipeError, TrainerError
+from hymba_align.errors import DataFileError, Faults, LaunchError, RecipeError, TrainerError
 from hymba_align.processes.engines import engine_name, machines, requested_engine, written_elsewhere
 from hymba_align.processes.launch import check_gpus, inside_launcher, needs_launch, rank, scoring_processes
 from hymba_align.processes.slurm import slurm_step
@@ -42,46 +42,77 @@ CHOICES = {
 
 
 def check_inputs(
-    recipe: Recipe, stages: Sequence[TrainingStage], *, scores: bool, ask_hub: bool
+    recipe: Recipe, stages: Sequence[TrainingStage], *, scores: bool, ask_hub: bool, whole: bool = True
 ) -> dict[TrainingStage, int]:
     """About how many text tokens each of the stages trains on, as far as that is known; writes nothing to the run folder.
 
-    Raises the UsageError of whatever is wrong with the recipe or with what it names.
+    Raises the UsageError of whatever is wrong with the recipe or with what it names; of what several checks find that do
+    not depend on each other, SeveralErrors. Data is read whole only where nothing else is wrong.
 
     Args:
         stages: those about to be trained, whose data is read.
         scores: whether anything is about to be scored.
-        ask_hub: whether what is on the hub is fetched, and so checked too.
+        ask_hub: whether what is on the hub is fetched, and so checked too, and a grader has to be installed already.
+        whole: False where something is known to be wrong already: of data only the first rows are read.
     """
     if rank() == 0:  # others could find the folder half made
         check_run_folder(recipe)
+    check_sources(recipe, stages)
+    faults = Faults()
+    if scores:
+        _check_test_files(recipe, faults)
+    with faults.gathered():
+        from hymba_align.model.kernels.choice import check_request
+
+        check_request()
+    tokenizer = context = None
+    with faults.gathered():
+        tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
+        context = _checked_context(recipe, tokenizer)
+        _check_lengths(recipe, context)
+    with faults.gathered():
+        _check_launch(recipe, stages)
+        check_adapters(recipe, _base_config(recipe, tokenizer), requested_engine(recipe.launch))
+        for stage in recipe.training_stages:
+            _check_settings(recipe, stage)
+    if scores and not faults.errors:
+        with faults.gathered():
+            _check_eval(recipe, context, ask_hub=ask_hub)
+    # One process reads the data for all.
+    read = {}
+    for stage in stages if rank() == 0 else ():
+        with faults.gathered():
+            if faults.errors or not whole:
+                _check_columns(recipe, stage, ask_hub=ask_hub)
+            else:
+                read[stage] = _check_data(recipe, stage, tokenizer, ask_hub=ask_hub)
+    if faults.errors:
+        raise faults.together()
+    return {stage: tokens for stage, tokens in read.items() if tokens is not None}
+
+
+def check_sources(recipe: Recipe, stages: Sequence[TrainingStage]) -> None:
+    """Raises the DataFileError of data that is not there, of all sources at once; what else is wrong may follow from it."""
+    faults = Faults()
     for stage in stages:
         for place, source in enumerate(recipe.data_for(stage).all_sources):
-            _check_exists(_source_key(recipe, stage, place), source.path)
-    if scores:
-        section = resolved_eval(recipe)
-        for key, path in (
-            ("gsm8k.test_path", section.gsm8k.test_path),
-            ("gsm8k.train_path", section.gsm8k.train_path),
-            ("gpqa.path", section.gpqa.path),
-        ):
-            if key.split(".")[0] in {task.split("_")[0] for task in section.tasks}:
-                _check_exists(f"eval.{key}", path)
-    from hymba_align.model.kernels.choice import check_request
+            with faults.gathered():
+                _check_exists(_source_key(recipe, stage, place), source.path)
+    if faults.errors:
+        raise faults.together()
 
-    check_request()
-    tokenizer = _base_tokenizer(recipe, ask_hub=ask_hub)
-    context = _checked_context(recipe, tokenizer)
-    _check_lengths(recipe, context)
-    _check_launch(recipe, stages)
-    check_adapters(recipe, _base_config(recipe, tokenizer), requested_engine(recipe.launch))
-    for stage in recipe.training_stages:
-        _check_settings(recipe, stage)
-    if scores:
-        _check_eval(recipe, context, ask_hub=ask_hub)
-    # One process reads the data for all.
-    read = {stage: _check_data(recipe, stage, tokenizer, ask_hub=ask_hub) for stage in stages if rank() == 0}
-    return {stage: tokens for stage, tokens in read.items() if tokens is not None}
+
+def _check_test_files(recipe: Recipe, faults: Faults) -> None:
+    """Gathers which files of the tasks are not there."""
+    section = resolved_eval(recipe)
+    for key, path in (
+        ("gsm8k.test_path", section.gsm8k.test_path),
+        ("gsm8k.train_path", section.gsm8k.train_path),
+        ("gpqa.path", section.gpqa.path),
+    ):
+        if key.split(".")[0] in {task.split("_")[0] for task in section.tasks}:
+            with faults.gathered():
+                _check_exists(f"eval.{key}", path)
 
 
 def _source_key(recipe: Recipe, stage: TrainingStage, place: int) -> str:
@@ -210,6 +241,17 @@ def _check_eval(recipe: Recipe, context: int | None, *, ask_hub: bool) -> None:
     section = resolved_eval(recipe)
     check_gpus(scoring_processes(recipe))
     check_tasks(section, section.tasks, context=context, ask_hub=ask_hub)
+
+
+def _check_columns(recipe: Recipe, stage: TrainingStage, *, ask_hub: bool) -> None:
+    """Raises where the first rows of a stage's data show that it cannot be trained on."""
+    from hymba_align.data.prepare import check_first_rows
+    from hymba_align.train.common import quiet_libraries
+
+    data = recipe.data_for(stage)
+    if ask_hub or all(is_local_path(source.path) for source in data.all_sources):
+        with quiet_libraries():
+            check_first_rows(data, stage)
 
 
 def _check_data(

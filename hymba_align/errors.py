@@ -23,6 +23,7 @@ HymbaAlignError              exit code 1: the run failed
     ├── CheckpointError      a checkpoint that cannot be found or loaded
     │   ├── WeightsError     weights that are incomplete, damaged or dangerous to open
     │   └── TokenizerError   a tokenizer or chat template that cannot be used
+    ├── InspectError         something that an inspection is asked for and cannot do
     ├── ResultError          a result file that is damaged, was changed, or is of another version
     ├── RunFolderError       a run folder that belongs to another run, or cannot be used
     │   └── InUseError       a run folder that another process writes to
@@ -33,7 +34,9 @@ Each has a topic: `hymba-align explain TOPIC` says what is behind it and what to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import ClassVar
 
 
@@ -179,6 +182,12 @@ class TokenizerError(CheckpointError):
     topic = "tokenizer"
 
 
+class InspectError(UsageError):
+    """An inspection is asked for something that it cannot do."""
+
+    topic = "inspect"
+
+
 class ResultError(UsageError):
     """A result file is damaged, was changed since it was written, or is of another version."""
 
@@ -203,5 +212,29 @@ class SeveralErrors(UsageError):
     topic = "several"
 
     def __init__(self, heading: str, problems: Sequence[str]) -> None:
-        self.lines = [heading, *(f"  {' '.join(problem.splitlines())}" for problem in problems)]
+        self.problems = [" ".join(problem.splitlines()) for problem in problems]
+        self.lines = [heading, *(f"  {problem}" for problem in self.problems)]
         super().__init__("\n".join(self.lines))
+
+
+class Faults:
+    """UsageErrors of checks that do not depend on each other; `errors` are those so far."""
+
+    def __init__(self) -> None:
+        self.errors: list[UsageError] = []
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keeps the UsageError that is raised within, and goes on."""
+        try:
+            yield
+        except UsageError as error:
+            self.errors.append(error)
+
+    def together(self) -> UsageError:
+        """The only one as it is; of more than one, an error that tells all, the same words once."""
+        if len({str(error) for error in self.errors}) == 1:
+            return self.errors[0]
+        told = [error.problems if isinstance(error, SeveralErrors) else [str(error)] for error in self.errors]
+        problems = list(dict.fromkeys(chain.from_iterable(told)))
+        return SeveralErrors(f"{len(problems)} things are wrong:", problems)

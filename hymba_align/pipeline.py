@@ -5,17 +5,15 @@ package's version). A stage whose manifest carries that fingerprint as completed
 with it resumes; any other starts afresh, after what other inputs left has moved aside, from where it comes back when
 they do. Nothing moves and nothing is written before all inputs were checked (checks.py).
 
-Several processes: this process plans, and starts those of each training stage (launch.py) with the resolved recipe in
-the run folder. Inside Slurm or torchrun, `sft` and `dpo` use the processes that are there: rank 0 keeps the
-run folder, the others wait for it.
+Several processes: this process plans, and starts those of each training stage (stage_training.py) with the resolved
+recipe in the run folder. Inside Slurm or torchrun, `sft` and `dpo` use the processes that are there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import shlex
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,25 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align import evaluation, progress
-from hymba_align.adapter_config import ADAPTER_CONFIG
 from hymba_align.adapters import has_plain_base
-from hymba_align.checks import check_inputs
-from hymba_align.errors import (
-    ChangedDataError,
-    HymbaAlignError,
-    ProcessesError,
-    RecipeError,
-    RunFolderError,
-    UsageError,
-)
+from hymba_align.checks import check_inputs, check_sources
+from hymba_align.errors import ChangedDataError, Faults, RecipeError, RunFolderError, UsageError
 from hymba_align.plan import Step, base_fingerprint, file_contents, plan
-from hymba_align.plan_printing import planned, print_guards, print_plan
+from hymba_align.plan_printing import needed_first, planned, print_guards, print_plan
 from hymba_align.processes import signals
 from hymba_align.processes.launch import (
     check_devices,
-    free_gpu_memory,
     inside_launcher,
-    launch,
     needs_launch,
     rank,
     scoring_processes,
@@ -58,15 +46,11 @@ from hymba_align.run.lock import check_free, held
 from hymba_align.run.manifest import check_whole
 from hymba_align.run.metrics import read_metrics
 from hymba_align.run.storage import writing
-from hymba_align.terminal import open_console, print_table
+from hymba_align.stage_training import remove_leftover_checkpoints, train_as_worker, train_step
+from hymba_align.terminal import open_console, print_table, print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-WAIT_FOR_RANK_0_S = 6 * 3600.0
-"""Rank 0 prepares the data of all meanwhile; a launcher ends those who wait for one that failed."""
-NOTICE_S = 60.0
-"""After this long they say what they wait for."""
 
 # --- What the commands call -------------------------------------------------------------------------------------------
 
@@ -88,7 +72,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     if not dry_run:
         check_free(root)
     with contextlib.ExitStack() as stack:
-        begun = _begin(recipe, steps := plan(recipe), stack, dry_run=dry_run)
+        begun = _begin(recipe, steps := _plan(recipe), stack, dry_run=dry_run)
         if dry_run:
             return begun
         _run_steps(recipe, steps, begun["planned_tokens"])
@@ -98,10 +82,11 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     if recipe.scored_stages:
         print_table(console, score_table(root))
     if recipe.training_stages:
-        console.print(f"Model: {root / recipe.training_stages[-1] / 'final'}", markup=False)
+        print_text(console, f"Model: {root / recipe.training_stages[-1] / 'final'}")
     for stage in recipe.inspected_stages:
-        console.print(f"Inside: {root / 'inspect' / stage / 'inspect.html'}", markup=False)
-    console.print(f"Report: {report.with_name('report.html')} and {report.name}", markup=False)
+        print_text(console, f"Inside: {root / 'inspect' / stage / 'inspect.html'}")
+    print_text(console, f"Report: {report.with_name('report.html')} and {report.name}")
+    console.print(f"Next: {shlex.join(['hymba-align', 'show', str(root)])}", markup=False)  # whole, to be copied
     return begun
 
 
@@ -117,7 +102,7 @@ def run_training_stage(recipe: Recipe, stage: TrainingStage, *, dry_run: bool = 
     signals.allow(recipe.launch.grace_s)
     recipe = use_what_is_there(recipe)
     if started_by_us():
-        _train_as_worker(recipe, stage)
+        train_as_worker(recipe, stage)
         return None
     root = run_root(recipe)
     if rank() == 0 and not dry_run:
@@ -161,9 +146,8 @@ def _begin(
         use_one_gpu()
     folder, console = RunFolder(run_root(recipe)), _console()
     waiting = [step for step in steps if not folder.is_complete(step.name, step.fingerprint)]
-    stages = [step.stage for step in waiting if step.trains and step.stage != "base"]
-    scores, ask_hub = any(step.kind == "score" for step in waiting), bool(waiting) and not dry_run
-    tokens = check_inputs(recipe, stages, scores=scores, ask_hub=ask_hub)
+    stages, ask_hub = _trained(waiting), bool(waiting) and not dry_run
+    tokens = check_inputs(recipe, stages, scores=_scores(waiting), ask_hub=ask_hub)
     for inspected in (step.stage for step in waiting if step.kind == "inspect"):
         from hymba_align.inside.of_recipe import check_inspection
 
@@ -173,14 +157,41 @@ def _begin(
     begun = {**planned(recipe, folder, steps, before), "planned_tokens": tokens}
     print_plan(begun, console)
     if dry_run:
+        begun["needed_first"] = needed_first(recipe, waiting)
         print_guards(begun, console)
-        console.print("Dry run: nothing was run and nothing was written.")
+        for line in begun["needed_first"]:
+            print_text(console, line, style="bold")
+        print_text(console, "Dry run: nothing was run and nothing was written.")
         return begun
     if rank() == 0:
         stack.enter_context(held(folder.root))
         open_run(recipe)
     stack.enter_context(writing(folder.root))
     return begun
+
+
+def _plan(recipe: Recipe) -> list[Step]:
+    """The plan. Raises, beside that a look inside has nothing to read, what is wrong with the other steps' inputs."""
+    faults = Faults()
+    try:
+        return plan(recipe)
+    except UsageError as error:
+        faults.errors.append(error)
+    rest = recipe.model_copy(update={"inspect": None})
+    check_sources(rest, rest.training_stages)
+    with faults.gathered():
+        folder = RunFolder(run_root(rest))
+        waiting = [step for step in plan(rest) if not folder.is_complete(step.name, step.fingerprint)]
+        check_inputs(rest, _trained(waiting), scores=_scores(waiting), ask_hub=False, whole=False)
+    raise faults.together()
+
+
+def _trained(steps: Sequence[Step]) -> list[TrainingStage]:
+    return [step.stage for step in steps if step.trains and step.stage != "base"]
+
+
+def _scores(steps: Sequence[Step]) -> bool:
+    return any(step.kind == "score" for step in steps)
 
 
 def _left_out(folder: RunFolder, step: Step) -> str:
@@ -208,17 +219,17 @@ def _run_steps(recipe: Recipe, steps: Sequence[Step], tokens: Mapping[str, int])
             _restore(folder, step, console)
         if folder.is_complete(step.name, step.fingerprint):
             if step.trains and rank() == 0:
-                _remove_checkpoints(recipe, folder, step.stage)
-            console.print(f"{what}: complete and unchanged, skipped{_left_out(folder, step)}", markup=False)
+                remove_leftover_checkpoints(recipe, folder, step.stage)
+            print_text(console, f"{what}: complete and unchanged, skipped{_left_out(folder, step)}")
             continue
-        console.print(what, markup=False, style="bold")
+        print_text(console, what, style="bold")
         started = time.monotonic()
         later = [one for one in steps[number:] if not folder.is_complete(one.name, one.fingerprint)]
         known = [_known(one, tokens, took_s) for one in later]
         with progress.at(Place(number, len(steps), "" if step.trains else step.title, tuple(known))):
             _run_step(recipe, folder, step, console)
         took_s[step.kind] = time.monotonic() - started
-        console.print(f"{what}: done in {took_s[step.kind]:.0f} s", markup=False)
+        print_text(console, f"{what}: done in {took_s[step.kind]:.0f} s")
 
 
 def _known(step: Step, tokens: Mapping[str, int], took_s: Mapping[str, float]) -> Later:
@@ -231,7 +242,7 @@ def _known(step: Step, tokens: Mapping[str, int], took_s: Mapping[str, float]) -
 def _restore(folder: RunFolder, step: Step, console: Console) -> None:
     found = folder.restore(step.name, step.fingerprint)
     if found is not None:
-        console.print(f"{step.name}: these inputs had a result in {found}, which is back in its place", markup=False)
+        print_text(console, f"{step.name}: these inputs had a result in {found}, which is back in its place")
 
 
 def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
@@ -241,114 +252,8 @@ def _run_step(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -
         _score(recipe, folder, step, console)
     elif step.kind == "inspect":
         _inspect(recipe, folder, step, console)
-    elif not _is_started(folder, step, console):
-        return
-    elif needs_launch(recipe):
-        _train_in_others(recipe, folder, step)
     else:
-        _train_here(recipe, folder, step)
-
-
-def _is_started(folder: RunFolder, step: Step, console: Console) -> bool:
-    """Marks a stage as started, or waits until rank 0 has; whether there is anything to train."""
-    if rank() != 0:
-        _wait_for_rank_0(folder, step)
-        return not folder.is_complete(step.name, step.fingerprint)  # rank 0 had it aside
-    moved_to = folder.mark_started(step.name, step.fingerprint, step.contents)
-    if moved_to is not None:
-        console.print(f"What entered {step.name} has changed; its earlier result is now in {moved_to}", markup=False)
-    return True
-
-
-def _train_in_others(recipe: Recipe, folder: RunFolder, step: Step) -> None:
-    """Trains in processes that this one starts."""
-    free_gpu_memory()
-    launch(recipe, step.name)
-    if rank() == 0 and not folder.is_complete(step.name, step.fingerprint):
-        raise HymbaAlignError(f"{step.name} ended without a complete checkpoint; did its inputs change meanwhile?")
-
-
-def _train_here(recipe: Recipe, folder: RunFolder, step: Step) -> None:
-    """Trains in this process, one of several when a launcher started it."""
-    assert step.stage != "base", "nothing trains the base"
-    metrics = _call_trainer(recipe, folder, step.stage, step.start)
-    if rank() == 0:
-        _finish(recipe, folder, step.stage, step.fingerprint, metrics)
-
-
-def _wait_for_rank_0(folder: RunFolder, step: Step) -> None:
-    began, is_told = time.monotonic(), False
-    while not folder.is_started(step.name, step.fingerprint):
-        waited = time.monotonic() - began
-        if waited > WAIT_FOR_RANK_0_S:
-            raise RunFolderError(
-                f"rank {rank()} waited {waited:.0f} s for rank 0 to start {step.name} in {folder.root}; "
-                "set output_dir to a folder that all machines share"
-            )
-        if waited > NOTICE_S and not is_told:
-            is_told = True
-            print(
-                f"rank {rank()} waits for rank 0 to start {step.name} in {folder.root}, which all machines have to share",
-                file=sys.stderr,
-                flush=True,
-            )
-        time.sleep(0.2)
-
-
-def _train_as_worker(recipe: Recipe, stage: TrainingStage) -> None:
-    """Trains as one of the processes that `launch` started; the process that launched has checked and planned."""
-    folder, started = RunFolder(run_root(recipe)), int(os.environ.get("WORLD_SIZE", "1"))
-    if started != recipe.launch.num_processes:
-        raise ProcessesError(
-            f"launch.num_processes is {recipe.launch.num_processes}, but {started} were started; "
-            f"run 'hymba-align {stage}' itself, which starts as many as the recipe asks for"
-        )
-    before = recipe.training_stages[: recipe.training_stages.index(stage)]
-    start = str(folder.root / before[-1] / "final") if before else None
-    metrics = _call_trainer(recipe, folder, stage, start)
-    if rank() == 0:
-        _finish(recipe, folder, stage, folder.read_manifest(stage)["started"], metrics)
-
-
-def _finish(recipe: Recipe, folder: RunFolder, stage: TrainingStage, inputs: str, metrics: Mapping[str, float]) -> None:
-    """Records that a training stage is complete; only then may its checkpoints go."""
-    from hymba_align.train.common import check_planned
-    from hymba_align.train.stage_run import remove_checkpoints
-
-    if recipe.data_for(stage).streaming:  # the last row was read only now
-        check_planned(recipe.data_for(stage), folder.stage_dir(stage))
-    outputs = (f"final/{ADAPTER_CONFIG if recipe.lora_for(stage) else 'config.json'}",)
-    folder.mark_complete(stage, inputs, {"metrics": metrics}, outputs)
-    remove_checkpoints(recipe, stage, folder.stage_dir(stage))
-
-
-def _remove_checkpoints(recipe: Recipe, folder: RunFolder, stage: Stage) -> None:
-    """Finishes what `_finish` had begun when the process was killed; there is mostly nothing to do."""
-    stage_dir = folder.stage_dir(stage)
-    if stage == "base" or not any([*stage_dir.glob("checkpoint-*"), *stage_dir.glob(".saving")]):
-        return
-    from hymba_align.train.saving import remove_leftovers
-    from hymba_align.train.stage_run import remove_checkpoints
-
-    remove_checkpoints(recipe, stage, stage_dir)
-    remove_leftovers(stage_dir)
-
-
-def _call_trainer(recipe: Recipe, folder: RunFolder, stage: TrainingStage, start: str | None) -> dict[str, float]:
-    """Trains, and tells the trainer which answers are right: it knows no grader."""
-    answers = getattr(recipe, stage).answers
-    judging: Any = None
-    if answers is not None:
-        from hymba_align.eval.matching import matcher
-
-        judging = matcher(answers.match)
-    if stage == "sft":
-        from hymba_align.train.sft import train_sft
-
-        return train_sft(recipe, start, folder.stage_dir(stage), judging)
-    from hymba_align.train.dpo import train_dpo
-
-    return train_dpo(recipe, start, folder.stage_dir(stage), judging)
+        train_step(recipe, folder, step, console)
 
 
 def _score(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> None:
@@ -365,7 +270,7 @@ def _score(recipe: Recipe, folder: RunFolder, step: Step, console: Console) -> N
         section,
         folder.stage_dir(step.name),
         chat_template=recipe.base.chat_template,
-        say=partial(console.print, markup=False),
+        say=partial(print_text, console),
     )
     for (name, begun_with), (_, digest) in zip(step.contents, file_contents(section), strict=True):
         if digest != begun_with:
@@ -385,7 +290,7 @@ def _inspect(recipe: Recipe, folder: RunFolder, step: Step, console: Console) ->
     against = checkpoint_of(step.against) if step.against is not None else None
     if against is not None and step.against != "base":
         check_whole(Path(against), f"'hymba-align run' makes {against} again")
-    say = partial(console.print, markup=False)
+    say = partial(print_text, console)
     inspect_stage(recipe, folder, step, checkpoint_of(step.stage), against, say)
 
 
@@ -398,7 +303,7 @@ def _set_aside_other_tasks(stage_dir: Path, section: EvalSection, console: Conso
         if task in section.tasks or path.name.endswith(PREVIOUS):
             continue
         if path.name == f"{task}.json":
-            console.print(f"{task}: no task of this recipe; {path} is now {set_aside(path).name}", markup=False)
+            print_text(console, f"{task}: no task of this recipe; {path} is now {set_aside(path).name}")
         else:
             path.unlink()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_align.plan import Step
+from hymba_align.plan_inspection import tasks_of
 from hymba_align.processes.engines import requested_engine
 from hymba_align.processes.launch import launch_command, needs_launch
-from hymba_align.recipe import Recipe
+from hymba_align.recipe import Recipe, resolved_eval
 from hymba_align.run.folder import RunFolder
 from hymba_align.terminal import print_table, print_text
 
@@ -44,6 +45,23 @@ def _planned_step(recipe: Recipe, folder: RunFolder, step: Step, missing: Sequen
         "engine": requested_engine(recipe.launch) if launched else None,
         "command": shlex.join(launch_command(recipe, step.name)) if launched else None,
     }
+
+
+def needed_first(recipe: Recipe, waiting: Sequence[Step]) -> list[str]:
+    """What has to be installed for steps that wait, without which the run does not begin: a line for each."""
+    from hymba_align.eval.bfcl.environment import missing_grader
+
+    asking = [step.name for step in waiting if "bfcl" in _tasks(recipe, step)]
+    missing = missing_grader() if asking else None
+    return [f"Needed first, for {', '.join(asking)}: {missing}"] if missing is not None else []
+
+
+def _tasks(recipe: Recipe, step: Step) -> Sequence[str]:
+    """What a step scores."""
+    if step.kind == "score":
+        return resolved_eval(recipe).tasks
+    section = tasks_of(recipe) if step.kind == "inspect" else None
+    return section.tasks if section is not None else ()
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:

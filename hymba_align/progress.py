@@ -145,12 +145,16 @@ def clock(moment: float, now: float) -> str:
 
 
 def ends(left_s: float, now: float, of: str = "", *, at_least: bool = False) -> Field:
-    """When the step, or the run, ends: an estimate, or the earliest moment where not every step's length is known."""
-    word, sign = ("after", ">") if at_least else ("about", "~")
-    when = clock(now + left_s, now)
-    long = f"{of} ends {word} {when}".lstrip() + f" (in {duration(left_s)})"
-    short = f"in {sign}{duration(left_s)}" if left_s < SOON_S else f"{sign}{when}"
-    return Field(long, f"{of or 'end'} {short}", 3 if of == "run" else 2)
+    """When the step, or the run, ends: an estimate, or the earliest moment where not every step's length is known.
+
+    Args:
+        of: run; stage for a step that others come after; empty for one that stands alone.
+    """
+    when, left = clock(now + left_s, now), duration(left_s)
+    long = f"{'run ' if of == 'run' else ''}ends {'after' if at_least else 'about'} {when} (in {left})"
+    short = f"in {'over ' if at_least else '~'}{left}" if left_s < SOON_S else f"{'after ' if at_least else '~'}{when}"
+    name = {"run": "all", "stage": "stage ends"}.get(of, "ends")
+    return Field(long, f"{name} {short}", 3 if of == "run" else 2)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -199,6 +203,8 @@ class Display:
         shown: whether it is shown at all; only one of several processes shows it.
         is_part: whether the step goes on after the whole, so that the run's end cannot be told from it.
         between_lines_s: the least time between two lines of counts in a log.
+        passing: whether something else tells that the step ended: its line then goes with it on a terminal, and a log has one
+            only after `between_lines_s`.
     """
 
     def __init__(
@@ -213,6 +219,7 @@ class Display:
         shown: bool = True,
         is_part: bool = False,
         between_lines_s: float = BETWEEN_LINES_S,
+        passing: bool = False,
     ) -> None:
         self.place = current_place()
         self.name, self.total, self.unit, self.done = self.place.numbered(name), total, unit, done
@@ -220,14 +227,15 @@ class Display:
         self.shown, self.is_part, self.news, self.tokens_per_second = shown, is_part, (), None
         self._pace, self._began, self._between_lines_s = Pace(done, together), time.monotonic(), between_lines_s
         self._next_line, self._last_shown = float(done), 0.0
-        self._bar: Any = None
+        self._passing, self._bar = passing, None
         if shown and is_terminal(self.stream):
-            self._bar = tqdm(total=total, bar_format="{desc}", file=self.stream, leave=True, disable=False)
+            self._bar = tqdm(total=total, bar_format="{desc}", file=self.stream, leave=not passing, disable=False)
             self._draw()
 
     news: tuple[Field, ...]
     """Fields after the count"""
     tokens_per_second: float | None
+    _bar: Any
 
     def __enter__(self) -> Display:
         return self
@@ -256,8 +264,9 @@ class Display:
             self.say("  ".join(field.long for field in self.fields()))
 
     def _line_is_due(self) -> bool:
-        silent_s = time.monotonic() - self._last_shown
-        in_a_burst = bool(self.unit) and silent_s < self._between_lines_s and self.done < self.total
+        silent_s = time.monotonic() - max(self._last_shown, self._began if self._passing else 0.0)
+        is_last = self.done >= self.total and not self._passing
+        in_a_burst = bool(self.unit) and silent_s < self._between_lines_s and not is_last
         return silent_s >= LONGEST_SILENCE_S or (self.done >= min(self._next_line, self.total) and not in_a_burst)
 
     def redraw(self, *news: Field) -> None:
@@ -296,12 +305,11 @@ class Display:
         left_s, now = self._pace.left_s(self.total), time.time()
         if left_s is None or self.done >= self.total:
             return []
-        fields = [ends(left_s, now)]
-        if self.place.later and not self.is_part:
-            # What is counted in other units, such as answers, makes its tokens at another rate than training reads them.
-            after_s, known = self.place.seconds_after(None if self.unit else self.tokens_per_second)
-            fields.append(ends(left_s + after_s, now, "run", at_least=not known))
-        return fields
+        if not self.place.later or self.is_part:
+            return [ends(left_s, now)]
+        # What is counted in other units, such as answers, makes its tokens at another rate than training reads them.
+        after_s, known = self.place.seconds_after(None if self.unit else self.tokens_per_second)
+        return [ends(left_s, now, "stage"), ends(left_s + after_s, now, "run", at_least=not known)]
 
     def _draw(self) -> None:
         if self._bar is not None:
@@ -313,7 +321,19 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a line, on stderr by default; one that is above the display where there is one."""
     stream = stream if stream is not None else sys.stderr
     with tqdm.external_write_mode(file=stream):
-        print(text, file=stream, flush=True)
+        for line in _wrapped(text, stream) if is_terminal(stream) else [text]:
+            print(line, file=stream, flush=True)
+
+
+def _wrapped(text: str, stream: TextIO) -> list[str]:
+    """The text in lines that fit the terminal, broken at words."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from hymba_align.terminal import wrapped
+
+    console = Console(file=stream, width=terminal_width(stream), color_system=None)
+    return [part.plain.rstrip() for line in text.split("\n") for part in wrapped(console, Text(line))]
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -75,15 +75,30 @@ def fits(console: Console, table: Table) -> bool:
     return Measurement.get(console, wide, table).maximum <= console.width
 
 
-def print_text(console: Console, text: Text) -> None:
-    """Running text: broken at words on a terminal, going on at its own indent; whole in a file."""
-    from rich.padding import Padding
+def print_text(console: Console, text: Text | str, style: str = "") -> None:
+    """Running text: broken at words on a terminal, going on at its own indent; whole in a file.
 
-    if not console.is_terminal:
-        console.print(text, soft_wrap=True)
-        return
-    indent = len(text.plain) - len(text.plain.lstrip(" "))
-    console.print(Padding(text[indent:], (0, 0, 0, indent)), soft_wrap=False)
+    A word that is longer than the line, such as a path, is left to the terminal, from which it is copied whole.
+    """
+    from rich.text import Text
+
+    for line in (text if isinstance(text, Text) else Text(text, style=style)).split(allow_blank=True):
+        for part in wrapped(console, line) if console.is_terminal else [line]:
+            console.print(part, soft_wrap=True)
+
+
+def wrapped(console: Console, line: Text) -> list[Text]:
+    """A line in parts that fit the console, broken at spaces, each with the line's own indent."""
+    indent = len(line.plain) - len(line.plain.lstrip(" "))
+    rest = line[indent:]
+    # Asked of the text and not of `wrap`, this leaves long words whole, and breaks at spaces all the same.
+    rest.overflow = "ignore"
+    return [line[:indent] + part for part in rest.wrap(console, max(console.width - indent, 1))]
+
+
+def print_words(words: str, *, stderr: bool = False) -> None:
+    """Prints running text, as `print_text`, where there is no console."""
+    print_text(open_console(stderr=stderr), words)
 
 
 def _print_list(console: Console, table: Table) -> None:

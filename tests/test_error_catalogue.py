@@ -13,7 +13,7 @@ import pytest
 
 from hymba_align import errors
 from hymba_align.cli import main
-from hymba_align.cli.explain import CATALOGUE, topics
+from hymba_align.cli.explain import CATALOGUE, as_text, topics
 
 PACKAGE = Path(errors.__file__).parent
 SECTIONS = topics(CATALOGUE.read_text(encoding="utf-8"))
@@ -84,8 +84,20 @@ def test_a_topic_is_read_out_as_the_page_has_it_without_what_only_its_test_needs
 ) -> None:
     assert main(["explain", "trainer"]) == 0
 
-    assert capsys.readouterr().out == f"trainer\n\n{SECTIONS['trainer']}\n"
-    assert "<!--" not in SECTIONS["trainer"]
+    assert capsys.readouterr().out == f"trainer\n\n{as_text(SECTIONS['trainer'])}\n"
+    assert all("<!--" not in section for section in SECTIONS.values())
+
+
+def test_a_topic_is_read_out_without_fences_and_without_targets_of_links(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_text("See [data](data.md#rows).\n\n```console\n$ run\n…\n\nError\n```\n\nOr `x`.") == (
+        "See data.\n\n    $ run\n    …\n\n    Error\n\nOr `x`."
+    )
+    assert main(["explain", "rows"]) == 0
+
+    out = capsys.readouterr().out
+    assert "\n    More: hymba-align explain rows\n" in out
+    assert "```" not in out
+    assert "](" not in out
 
 
 def test_without_a_topic_all_are_listed_with_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:

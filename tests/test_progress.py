@@ -73,8 +73,8 @@ def text_on_screen(written: str) -> list[str]:
             "[2/5] SFT  step 40/400 (10 %)  loss 0.4312  lr 4.9e-05  1,234 tokens/s  elapsed 1:20  "
             "ends about 12:13 (in 12:00)  run ends about 12:30 (in 28:40)",
         ),
-        (80, "2/5 SFT 40/400  loss 0.431  lr 5e-05  1,234 tok/s  1:20  end ~12:13  run ~12:30"),
-        (50, "2/5 SFT 40/400  loss 0.431  end ~12:13"),
+        (80, "2/5 SFT 40/400  loss 0.431  1,234 tok/s  stage ends ~12:13  all ~12:30"),
+        (50, "2/5 SFT 40/400  loss 0.431  stage ends ~12:13"),
         (20, "2/5 SFT 40/400"),
     ],
 )
@@ -229,6 +229,27 @@ def test_a_part_of_a_short_step_tells_less_often(clock_of: Any) -> None:
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
+def test_a_passing_part_leaves_nothing_on_a_terminal_and_in_a_log_what_lasts_alone(
+    clock_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    clock_of(5000.0)
+    terminal, log = Terminal(), io.StringIO()
+    for stream, seconds in ((terminal, 2.0), (log, 2.0), (log, 20.0)):
+        with Display("Attention", 4, unit="layers", stream=stream, between_lines_s=30.0, passing=True) as display:
+            for layer in range(4):
+                clock_of(seconds)
+                display.advance(layer + 1)
+                display.tell()
+
+    assert "Attention  4/4 layers (100 %)  elapsed 0:08" in terminal.getvalue()
+    assert text_on_screen(terminal.getvalue()) == [""]
+    assert [line[21:] for line in log.getvalue().splitlines()] == [
+        "Attention  2/4 layers (50 %)  elapsed 0:40  ends about 13:24 (in 0:40)",
+        "Attention  4/4 layers (100 %)  elapsed 1:20",
+    ]
+
+
 def test_the_first_unit_of_a_session_which_compiles_does_not_count_for_those_to_come(clock_of: Any) -> None:
     pace = Pace(100)
     assert pace.left_s(110) is None
@@ -262,7 +283,15 @@ def test_the_end_of_the_run_is_a_bound_where_a_later_step_is_unknown() -> None:
     assert place.seconds_after(None) == (30.0, False)
     assert Place(1, 3, later=place.later[:2]).seconds_after(100.0) == (80.0, True)
     assert Place(1, 3, later=(Later(tokens=5000, at_least=True), place.later[1])).seconds_after(100.0) == (80.0, False)
-    assert progress.ends(90.0, NOW, "run", at_least=True) == Field("run ends after 12:01 (in 1:30)", "run in >1:30", 3)
+    assert progress.ends(90.0, NOW, "run", at_least=True) == Field(
+        "run ends after 12:01 (in 1:30)", "all in over 1:30", 3
+    )
+
+
+def test_a_line_above_the_display_breaks_at_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    progress.say("sample at step 2: nothing [red]", terminal := Terminal())
+    assert terminal.getvalue() == "sample at step 2:\nnothing [red]\n"
 
 
 def test_the_rate_of_answers_is_not_taken_for_that_of_training(clock_of: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hymba_align.terminal import open_console, print_rule, print_table
+from hymba_align.terminal import open_console, print_rule, print_table, print_words
 
 SETTINGS = ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM")
 LONG = "runs/a-name/" + "sub/" * 40 + "model.safetensors"
@@ -135,6 +135,29 @@ def test_a_rule_is_no_longer_than_a_line_in_a_file(monkeypatch: pytest.MonkeyPat
     print_rule(open_console())
 
     assert stream.getvalue() == "─" * 80 + "\n"
+
+
+def test_running_text_breaks_at_words_and_leaves_a_path_whole(
+    printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"left out\n  1 lost (the conversation has no messages, first {LONG}) and more"
+
+    def shown(stream: io.StringIO) -> list[str]:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_words(words)
+        return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+    in_a_file = shown(io.StringIO())
+    monkeypatch.setenv("COLUMNS", "30")
+
+    assert shown(Terminal()) == [
+        "left out",
+        "  1 lost (the conversation has",
+        "  no messages, first",
+        f"  {LONG})",
+        "  and more",
+    ]
+    assert in_a_file == words.splitlines()
 
 
 def test_where_there_is_no_utf_8_commands_print_what_they_can(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from hymba_align.cli.options import print_json_error
 from hymba_align.errors import HymbaAlignError, Preempted, SeveralErrors, StorageError
 from hymba_align.processes import signals
 from hymba_align.secrets import RedactingStream, redact
+from hymba_align.terminal import print_words
 
 INTERRUPTED = 130
 CONTINUED = ("run", "sft", "dpo", "eval")
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         told = INTERRUPTION if _command(arguments) in CONTINUED else "Interrupted."
         if _speaks_for_all():
-            click.echo(told, err=True)
+            print_words(told, stderr=True)
         print_json_error(arguments, "Interrupted", told, INTERRUPTED)
         return INTERRUPTED
     except Preempted as error:
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         lines = error.lines if isinstance(error, SeveralErrors) else [" ".join(str(error).splitlines())]
         told = "\n".join(visible(redact(line)) for line in lines)
-        click.echo(f"{_rank_prefix()}Error: {told}", err=True)
+        print_words(f"{_rank_prefix()}Error: {told}", stderr=True)
         click.echo(f"{_rank_prefix()}More: hymba-align explain {error.topic}", err=True)
         print_json_error(arguments, type(error).__name__, told, error.exit_code, error.topic)
         return error.exit_code
@@ -114,7 +115,7 @@ def _command(arguments: Sequence[str] | None) -> str | None:
 
 def _preempted(what: str, arguments: Sequence[str] | None) -> int:
     if _speaks_for_all():
-        click.echo(f"{_rank_prefix()}Preempted: {redact(what)}.", err=True)
+        print_words(f"{_rank_prefix()}Preempted: {redact(what)}.", stderr=True)
     print_json_error(arguments, "Preempted", what, Preempted.exit_code, Preempted.topic)
     return Preempted.exit_code
 

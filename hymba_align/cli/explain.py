@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import click
@@ -21,6 +22,18 @@ def topics(catalogue: str) -> dict[str, str]:
     shown = re.sub(r"<!--.*?-->\n?", "", catalogue, flags=re.DOTALL)
     sections = re.split(r"^## (.+)$", shown, flags=re.MULTILINE)
     return {heading.strip(): text.strip() for heading, text in zip(sections[1::2], sections[2::2], strict=True)}
+
+
+def as_text(markdown: str) -> str:
+    """A section without what only Markdown needs: code is indented instead of fenced, and links are their words."""
+    parts = re.split(r"^```.*\n((?:.*\n)*?)```$", _without_targets(markdown), flags=re.MULTILINE)
+    parts[1::2] = [textwrap.indent(code.rstrip("\n"), "    ") for code in parts[1::2]]
+    return "".join(parts)
+
+
+def _without_targets(markdown: str) -> str:
+    """With links as their words: the pages are not where the command runs."""
+    return re.sub(r"\[([^\]]+)\]\([^)\s]+\)", r"\1", markdown)
 
 
 class Topic(click.ParamType[str]):
@@ -64,6 +77,6 @@ def explain(topic: str | None, as_json: bool) -> None:
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console(highlight=False).print(Markdown(f"## {topic}\n\n{sections[topic]}"))
+        Console(highlight=False).print(Markdown(f"## {topic}\n\n{_without_targets(sections[topic])}"))
     else:
-        click.echo(f"{topic}\n\n{sections[topic]}")
+        click.echo(f"{topic}\n\n{as_text(sections[topic])}")

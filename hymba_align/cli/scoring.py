@@ -145,11 +145,11 @@ def eval_section(options: Mapping[str, str | int | None], overrides: Sequence[st
 
 def _print_results(results: dict[str, TaskResult], out_dir: Path) -> None:
     from hymba_align.eval.report.terminal import results_table
-    from hymba_align.terminal import open_console, print_table
+    from hymba_align.terminal import open_console, print_table, print_text
 
     console = open_console()
     print_table(console, results_table(results))
     for task, result in results.items():
         for warning in result.warnings:
-            console.print(f"Warning, {task}: {warning}", soft_wrap=True, markup=False)
+            print_text(console, f"Warning, {task}: {warning}")
         console.print(f"Every answer: {out_dir / f'{task}.json'}", soft_wrap=True, markup=False)

@@ -18,6 +18,7 @@ from hymba_align.processes.slurm import SlurmStep, slurm_step
 from hymba_align.recipe import Recipe
 from hymba_align.run.folder import run_root
 from hymba_align.secrets import secrets_variable
+from hymba_align.terminal import print_words
 
 STOP_CHILDREN_S = 60.0
 
@@ -88,9 +89,8 @@ def _with_processes(recipe: Recipe, there: int) -> Recipe:
             f"{engine_name(launch)}, and this is one of {there} processes; start it alone, or choose another launcher"
         )
     if there != launch.num_processes and rank() == 0:
-        print(
-            f"launch.num_processes is {launch.num_processes} in the recipe; {there} were started, and {there} train",
-            flush=True,
+        print_words(
+            f"launch.num_processes is {launch.num_processes} in the recipe; {there} were started, and {there} train"
         )
     return recipe.model_copy(update={"launch": launch.model_copy(update={"num_processes": there})})
 

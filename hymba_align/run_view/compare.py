@@ -68,6 +68,16 @@ class Comparison:
     scores: tuple[ScoreRow, ...]
     costs: tuple[CostRow, ...]
 
+    @property
+    def settings_in_short(self) -> list[Differing]:
+        """The settings, with one line for a section that a run does not have."""
+        return list(_folded(self.settings, [_without_own(view.run.recipe) for view in self.views]))
+
+    @property
+    def environment_in_short(self) -> list[Differing]:
+        """The same of the environment."""
+        return list(_folded(self.environment, [view.run.environment for view in self.views]))
+
 
 def compare_runs(roots: Sequence[Path]) -> Comparison:
     """The comparison of these run folders, as they are now."""
@@ -103,6 +113,33 @@ def _differing(several: Sequence[Mapping[str, Any]]) -> Iterator[Differing]:
         values = tuple(_told(each.get(key, ABSENT)) if each else ABSENT for each in flat)
         if len(set(values)) > 1:
             yield Differing(key, values)
+
+
+def _folded(rows: Sequence[Differing], several: Sequence[Mapping[str, Any]]) -> Iterator[Differing]:
+    """The rows, with one for each section that a run has nothing of and on which the others agree: how many keys they have.
+
+    Args:
+        several: what the rows are of, one for each run.
+    """
+    all_keys = [[key for key, _ in _flat(values, "")] for values in several]
+    apart: dict[str, list[Differing]] = {}
+    for row in rows:
+        apart.setdefault(_lacking_section(row.key, rows, all_keys) or row.key, []).append(row)
+    for key, found in apart.items():
+        counts = [sum(row.values[run] != ABSENT for row in found) for run in range(len(several))]
+        yield Differing(key, tuple(f"{n} keys" if n else ABSENT for n in counts)) if len(found) > 1 else found[0]
+
+
+def _lacking_section(key: str, rows: Sequence[Differing], all_keys: Sequence[Sequence[str]]) -> str | None:
+    """The largest section around a key that folds; None where none does."""
+    names = key.split(".")
+    for section in (".".join(names[:depth]) for depth in range(1, len(names))):
+        lacks = [not any(each.startswith(f"{section}.") for each in keys) for keys in all_keys]
+        inside = [row.values for row in rows if row.key.startswith(f"{section}.")]
+        others = ({value for value, no in zip(values, lacks, strict=True) if not no} for values in inside)
+        if any(lacks) and all(len(told) == 1 for told in others):
+            return section
+    return None
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

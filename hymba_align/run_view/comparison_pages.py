@@ -34,8 +34,8 @@ def markdown(comparison: Comparison) -> str:
         steps = "; ".join(_state(step) for step in view.steps)
         blocks.append(f"{words(label)}, {code(view.run.root)}: {words(steps or 'nothing was run yet')}.")
         blocks += [f"Problem: {words(redact(problem))}." for problem in view.problems]
-    blocks += ["## Settings that differ", *_differing(comparison.settings, labels)]
-    blocks += ["## Environment that differs", *_differing(comparison.environment, labels)]
+    blocks += ["## Settings that differ", *_differing(comparison.settings_in_short, labels)]
+    blocks += ["## Environment that differs", *_differing(comparison.environment_in_short, labels)]
     last = [
         (f"{each.stage.upper()}: {each.name}", *(_last(each.points.get(label)) for label in labels))
         for each in comparison.curves
@@ -84,8 +84,8 @@ def html(comparison: Comparison) -> str:
             for label, view in zip(labels, comparison.views, strict=True)
         ],
         labels=labels,
-        settings=[(row.key, *row.values) for row in comparison.settings],
-        environment=[(row.key, *row.values) for row in comparison.environment],
+        settings=[(row.key, *row.values) for row in comparison.settings_in_short],
+        environment=[(row.key, *row.values) for row in comparison.environment_in_short],
         charts=_charts(comparison),
         score_head=score_head(labels),
         scores=[score_cells(row) for row in comparison.scores],

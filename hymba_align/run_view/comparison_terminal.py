@@ -31,8 +31,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.print(Text.assemble((seen(label), "bold"), f"  {view.run.root}"), soft_wrap=True)
         for problem in view.problems:
             print_text(console, Text(f"  Problem: {seen(redact(problem))}", style="yellow"))
-    _print_differing(console, "Settings that differ", comparison.settings, comparison.labels)
-    _print_differing(console, "Environment that differs", comparison.environment, comparison.labels)
+    _print_differing(console, "Settings that differ", comparison.settings_in_short, comparison.labels)
+    _print_differing(console, "Environment that differs", comparison.environment_in_short, comparison.labels)
     for curves in comparison.curves:
         _print_curves(console, curves)
     _print_scores(console, comparison)

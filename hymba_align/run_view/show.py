@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ def print_view(view: RunView, console: Console) -> None:
     for problem in view.problems:
         _print(console, f"Problem: {problem}", style="yellow")
     _print_pairs(console, "Settings", view.settings)
-    _print_pairs(console, "Data", dict(_data(view)))
+    _print_below(console, "Data", list(_data(view)))
     for stage, curves in view.curves.items():
         _print_training(view, stage, console)
         for key, name in CURVES:
@@ -67,17 +67,15 @@ def _print_states(view: RunView, console: Console) -> None:
         print_text(console, words)
 
 
-def _data(view: RunView) -> Iterator[tuple[str, str]]:
-    """A stage's data in a line for each of its sources."""
+def _data(view: RunView) -> Iterator[str]:
+    """A stage's data in a line for each of its sources, and one for each reason why rows of it are left out."""
     for stage, record in view.run.data.items():
-        for cells in training.source_rows(stage, record):
-            _, name, rows, kept, conversations, tokens, trained, left_out = cells
+        for source, cells in zip(record.get("sources", ()), training.source_rows(stage, record), strict=True):
+            _, name, rows, kept, conversations, tokens, trained, _ = cells
             unit = "conversations" if stage == "sft" else "pairs"
-            lost = "" if left_out == "nothing" else f"; left out: {left_out}"
-            yield (
-                f"{stage.upper()} {name}",
-                f"{kept} of {rows} rows, {conversations} {unit}, {tokens} tokens, {trained} of them trained on{lost}",
-            )
+            told = f"{kept} of {rows} rows, {conversations} {unit}, {tokens} tokens, {trained} of them trained on"
+            yield f"{stage.upper()} {name}: {told}"
+            yield from (f"  left out: {reason}" for reason in training.left_out(source))
 
 
 def _print_training(view: RunView, stage: str, console: Console) -> None:
@@ -127,17 +125,24 @@ def _print_paths(view: RunView, console: Console) -> None:
         console.print()
         console.print("Next", style="bold")
         for what, command in view.next:
-            _print_whole(console, f"  {what}: {command}")
+            line = f"  {what}: {command}"
+            for part in [line] if len(line) <= console.width else [f"  {what}:", f"    {command}"]:
+                _print_whole(console, part)
 
 
 def _print_pairs(console: Console, title: str, pairs: Mapping[str, str]) -> None:
     """A title, and below it a name and its value in every line."""
-    if not pairs:
+    _print_below(console, title, [f"{name}: {value}" for name, value in pairs.items()])
+
+
+def _print_below(console: Console, title: str, lines: Sequence[str]) -> None:
+    """A title and the lines below it; nothing where there is none."""
+    if not lines:
         return
     console.print()
     console.print(title, style="bold", markup=False)
-    for name, value in pairs.items():
-        _print(console, f"  {name}: {value}")
+    for line in lines:
+        _print(console, f"  {line}")
 
 
 def _print(console: Console, line: str, style: str = "") -> None:

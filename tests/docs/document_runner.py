@@ -38,6 +38,7 @@ from document_blocks import ROOT, Block
 
 from hymba_align.cli import cli, main
 from hymba_align.errors import HymbaAlignError
+from hymba_align.eval.bfcl.environment import bfcl_python
 from hymba_align.recipe import Recipe, load_recipe
 
 TINY = "recipes/tiny/arithmetic.yaml"
@@ -205,6 +206,8 @@ class Page:
             if arguments[0] not in ("run", "sft", "dpo"):
                 return Outcome(0)
             arguments = [*arguments, "--dry-run"]
+        if arguments[0] == "install-bfcl":
+            bfcl_python()  # complete: two pages at once would meet it half made, and no test takes packages from a network
         return in_process(made_small(arguments), typed)
 
     def python(self, block: Block) -> None:
@@ -325,7 +328,9 @@ def made_small(arguments: list[str]) -> list[str]:
         small = ("limit=2", "max_new_tokens=4", "num_processes=1")
         return [*arguments, *(each for each in small if each.partition("=")[0] not in given)]
     if arguments[:1] == ["inspect"]:
-        small = {"--documents": "4", "--max-length": "96", "--contexts": "24"}
+        small = {"--documents": "4", "--contexts": "24"}
+        if given & {"--data", "--text"}:  # without, it has no effect, and the command says so
+            small["--max-length"] = "96"
         return [*arguments, *(word for name, value in small.items() if name not in given for word in (name, value))]
     if arguments[:1] not in (["run"], ["sft"], ["dpo"]) or "--dry-run" in arguments:
         return arguments

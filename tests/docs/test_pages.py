@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from document_blocks import blocks_of, documents, parse_blocks
+from document_blocks import ROOT, blocks_of, documents, parse_blocks
 from document_runner import TINY, NoRule, Outcome, Page, made_small, matches, pipeline
 
 from hymba_align.cli import main
+from hymba_align.errors import GraderError
 from hymba_align.inference.serving import ServeOptions, running
 from hymba_align.model.decoding import Decoded
 from hymba_align.run.metrics import read_metrics
@@ -158,6 +160,18 @@ def test_a_block_that_is_wrong_fails(text: str, reader: Path) -> None:
     assert not isinstance(caught.value, NoRule)
 
 
+def test_a_page_installs_no_grader_that_another_page_would_find_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = tmp_path / "absent"
+    monkeypatch.setenv("HYMBA_ALIGN_BFCL", str(absent))
+    with pytest.raises(GraderError) as caught:
+        run("```bash\nhymba-align install-bfcl\n```", tmp_path)
+    told = f"BFCL's grader is not installed in {absent}; run 'hymba-align install-bfcl --output {absent}' once"
+    assert str(caught.value) == told
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_a_console_block_shows_is_compared_with_what_is_printed() -> None:
     assert matches("loss …\n…\ndone", "loss 0.5\na\nb\ndone\n")
     assert matches("…\ndone", "done\n")
@@ -179,3 +193,10 @@ def test_named_blocks_are_files_for_the_commands_below_and_stdin_is_what_they_re
     )
     page = run(text + "```console\n$ cat rows.jsonl\n…1}\n…2}\n```\n", tmp_path)
     assert page.outcomes[-1] == Outcome(0, '{"a": 1}\n{"a": 2}\n', '{"a": 1}\n{"a": 2}\n')
+
+
+def test_the_install_says_what_it_does_before_each_step_that_takes_long() -> None:
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    slow = [number for number, line in enumerate(lines) if line.startswith("\t") and re.search("-m (venv|pip) ", line)]
+    assert len(slow) == 3
+    assert all(lines[number - 1].startswith('\t@echo "') for number in slow)

@@ -53,6 +53,31 @@ def test_one_override_of_the_data_path_moves_training_and_test(
     assert {step.data for step in steps} == {f"{other}/train.jsonl", f"gsm8k: {other}/test.jsonl (limit 2)"}
 
 
+def test_what_is_wrong_with_rows_of_ones_own_is_told_at_once(
+    recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine" / "own.jsonl"
+    own.parent.mkdir()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    own.write_text(json.dumps({"messages": turns}) + "\n")
+    overrides = [f"data.path={own}", "data.examples_per_conversation=6", "eval=null", "inspect={}"]
+
+    assert main(["run", recipe_file, *overrides, "sft.max_length=9999"]) == 2
+
+    assert capsys.readouterr().err == (
+        "Error: 4 things are wrong:\n"
+        f"  inspect.data is not set, dpo keeps no rows for validation and no other test.jsonl lies beside {own}; set "
+        "inspect.data to a file that is not trained on, keep rows with data.validation_fraction=0.05, or leave the look "
+        "inside out with inspect=null\n"
+        "  sft.max_length is 9999, above the model's context of 8192; lower it\n"
+        f"  {own}: examples_per_conversation is 6, but only rows of question and answer can be joined; set it to 1\n"
+        f"  {own}:1: the rows are of messages, but DPO takes prompt, chosen, rejected; or conversations, chosen, rejected; "
+        "or prompt, responses, scores; or chosen, rejected; or question, answer\n"
+        "More: hymba-align explain several\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def digests(root: Path) -> dict[str, str]:
     return {str(path): file_digest(path) if path.is_file() else "" for path in sorted(root.rglob("*"))}
 
@@ -177,6 +202,28 @@ def test_a_stage_that_the_recipe_lacks_cannot_run(recipe_file: str) -> None:
         pipeline.run_training_stage(load_recipe(recipe_file, ["sft=null"]), "sft")
 
     assert str(caught.value) == "the recipe 'demo' has no section sft; add one, or run another stage"
+
+
+def test_a_dry_run_shows_the_plan_and_names_the_grader_that_the_run_would_stop_for(
+    recipe_file: str, work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYMBA_ALIGN_BFCL", str(tmp_path / "absent"))
+    told = f"BFCL's grader is not installed in {tmp_path}/absent; run 'hymba-align install-bfcl --output {tmp_path}/absent' once"
+
+    assert main(["run", recipe_file, "eval.tasks=[bfcl]", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needed_first"] == [
+        f"Needed first, for eval/base, eval/sft, eval/dpo: {told}"
+    ]
+    looks = ["eval=null", "inspect.tasks=[bfcl]", "inspect.data=data/arithmetic/test.jsonl", "inspect.against=none"]
+    assert main(["run", recipe_file, *looks, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needed_first"] == [f"Needed first, for inspect/dpo: {told}"]
+    assert main(["run", recipe_file, "eval.tasks=[bfcl]", "--dry-run"]) == 0
+    assert (
+        f"Needed first, for eval/base, eval/sft, eval/dpo: {told}\nDry run: nothing was run" in capsys.readouterr().out
+    )
+    assert main(["run", recipe_file, "eval.tasks=[bfcl]"]) == 1
+    assert f"Error: {told}\n" in capsys.readouterr().err
+    assert work == []
 
 
 def test_a_dry_run_as_json_is_its_plan(

@@ -11,6 +11,7 @@ import torch
 
 import hymba_align.pipeline as pipeline
 import hymba_align.processes.launch
+from hymba_align import stage_training
 from hymba_align.errors import HymbaAlignError, Preempted, UsageError
 from hymba_align.processes.agent import STARTED_BY_US
 from hymba_align.recipe import load_recipe
@@ -128,8 +129,8 @@ def test_other_ranks_wait_until_rank_0_has_prepared_the_folder(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.3)
-    monkeypatch.setattr(pipeline, "NOTICE_S", 0.1)
+    monkeypatch.setattr(stage_training, "WAIT_FOR_RANK_0_S", 0.3)
+    monkeypatch.setattr(stage_training, "NOTICE_S", 0.1)
 
     with pytest.raises(UsageError) as caught:
         pipeline.run_training_stage(load_recipe(recipe_file), "sft")
@@ -149,7 +150,7 @@ def test_only_rank_0_judges_the_run_folder_which_others_may_see_half_made(
     (tmp_path / "run" / "sft").mkdir(parents=True)
     recipe = load_recipe(recipe_file)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(pipeline, "WAIT_FOR_RANK_0_S", 0.1)
+    monkeypatch.setattr(stage_training, "WAIT_FOR_RANK_0_S", 0.1)
 
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UsageError, match="rank 1 waited"):
@@ -173,7 +174,7 @@ def test_another_rank_trains_nothing_where_rank_0_brought_the_result_back(
     def rank_0(seconds: float) -> None:
         RunFolder(tmp_path / "run").restore("sft", inputs)
 
-    monkeypatch.setattr(pipeline.time, "sleep", rank_0)
+    monkeypatch.setattr(stage_training.time, "sleep", rank_0)
     pipeline.run_training_stage(recipe, "sft")
 
     assert work == []

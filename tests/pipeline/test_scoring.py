@@ -12,7 +12,7 @@ import hymba_align.eval
 import hymba_align.eval.inputs
 import hymba_align.pipeline as pipeline
 from hymba_align.cli.scoring import eval_section
-from hymba_align.errors import DataError, UsageError
+from hymba_align.errors import DataError, HymbaAlignError, UsageError
 from hymba_align.evaluation import overrides_for
 from hymba_align.processes.launch import scoring_processes
 from hymba_align.recipe import load_recipe, resolved_eval
@@ -98,7 +98,7 @@ def test_scoring_processes_are_started_with_all_that_the_section_says(
     launcher.code, launcher.report = 137, "process 1 (pid 12) was killed by SIGKILL"
     recipe = load_recipe(recipe_file, ["eval.num_processes=2", "eval.gsm8k.shots=first"])
 
-    with pytest.raises(pipeline.HymbaAlignError) as caught:
+    with pytest.raises(HymbaAlignError) as caught:
         pipeline.run_recipe(recipe)
 
     assert str(caught.value) == "scoring failed: process 1 (pid 12) was killed by SIGKILL"
@@ -153,7 +153,7 @@ def test_a_missing_grader_is_said_before_the_first_stage_with_the_one_command(
 ) -> None:
     monkeypatch.setenv("HYMBA_ALIGN_BFCL", str(tmp_path / "absent"))
 
-    with pytest.raises(pipeline.HymbaAlignError, match="hymba-align install-bfcl"):
+    with pytest.raises(HymbaAlignError, match="hymba-align install-bfcl"):
         pipeline.run_recipe(load_recipe(recipe_file, ["eval.tasks=[bfcl]"]))
     assert work == []
     assert not (tmp_path / "run").exists()

@@ -352,4 +352,4 @@ def test_the_real_stages_make_a_loadable_checkpoint_scores_and_a_report(
     for stage in ("base", "sft", "dpo"):
         assert json.loads((run / "eval" / stage / "gsm8k.json").read_text())["n"] == 2
     assert (run / "report.md").exists()
-    assert f"Report: {run}/report.html and report.md" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"Report: {run}/report.html and report.md\nNext: hymba-align show {run}\n")

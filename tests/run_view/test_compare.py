@@ -54,6 +54,29 @@ def test_settings_that_differ_are_told_and_no_others(compare: Compare, finished:
     assert "Environment that differs: none\n" in out
 
 
+def test_a_section_that_a_run_does_not_have_is_one_line(compare: Compare, finished: Build) -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 4}
+    random = finished(
+        "random", base={"config": config}, sft={"max_length": 512, "trainer": {"packing": True, "bf16": True}}
+    )
+    loaded = finished("loaded", base={"model": "some/model"}, sft={"max_length": 512, "trainer": {}})
+
+    _, out, _ = compare(random, loaded)
+    _, both, _ = compare(random, loaded, finished("wide", base={"config": {**config, "hidden_size": 96}}))
+
+    assert cells(out, "base.config") == ["2 keys", "–"]
+    assert cells(out, "base.model") == ["–", "some/model"]
+    assert cells(out, "sft.trainer") == ["2 keys", "–"]
+    assert "hidden_size" not in out
+    assert cells(both, "base.config.hidden_size") == ["64", "–", "96"], "where the others differ, all of it is told"
+    fewer = finished("fewer", base={"model": "some/model"}, sft={"max_length": 512, "trainer": {"packing": True}})
+    _, three, _ = compare(random, fewer, loaded)
+    assert cells(three, "sft.trainer.bf16") == ["true", "–", "–"], "and where one of them has a key that another lacks"
+    assert [row.key for row in compare_runs([random, loaded]).settings if row.key.startswith("base.config.")] == [
+        "base.config.hidden_size", "base.config.num_hidden_layers",
+    ]  # fmt: skip
+
+
 def test_a_difference_over_the_same_problems_has_the_error_of_the_pairs(compare: Compare, finished: Build) -> None:
     one, other = finished("one", after_sft=HALF), finished("other", after_sft=MORE)
 

@@ -100,6 +100,18 @@ def test_a_finished_run_shows_states_settings_numbers_scores_costs_and_paths(sho
     assert "Problem" not in out
 
 
+def test_rows_that_are_left_out_have_a_line_for_each_reason(show: Show, finished: Build) -> None:
+    root = finished("mine")
+    counts = ("rows_read", "rows_kept", "conversations", "total_tokens", "trained_tokens", "rows_not_chosen")
+    source = {**dict.fromkeys((*counts, "rows_passed_over", "shortened"), 0), "name": "my.jsonl", "repeat": 1}
+    lost = {"malformed JSON": 3, "a turn, the user's, is empty": 1}
+    write_json(root / "sft" / "data.json", {"sources": [{**source, "lost": lost}]})
+
+    _, out, _ = show(root)
+
+    assert " trained on\n    left out: 3 malformed JSON\n    left out: 1 a turn, the user's, is empty\n" in out
+
+
 def test_an_interrupted_run_says_where_it_goes_on_and_with_which_command(show: Show, begun: Build) -> None:
     root = begun()
 

@@ -65,6 +65,11 @@ class Run:
         found = self.recipe.get(name)
         return found if isinstance(found, dict) else {}
 
+    @property
+    def asks_for_scores(self) -> bool:
+        """Whether there are scores, or may be: unless the recipe is known and scores nothing."""
+        return bool(self.scored) or not self.recipe or isinstance(self.recipe.get("eval"), dict)
+
     def of_task(self, task: str) -> list[Scored]:
         """The results of a task, in the order of the stages."""
         return [scored for scored in self.scored if scored.task == task]

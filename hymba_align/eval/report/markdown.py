@@ -32,10 +32,11 @@ def markdown(run: Run) -> str:
     """The text of report.md."""
     blocks = [f"# {words(run.name)}", *([PARTIAL] if run.partial else [])]
     blocks += [f"Note: {words(notice)}." for notice in run.notices]
-    blocks += ["## Scores", *_scores(run)]
+    blocks += ["## Scores", *_scores(run)] if run.asks_for_scores else []
     blocks += ["## Data", *_data(run), "## Training", *_training(run)]
     blocks += ["## Inside", *_inside(run)] if run.inspected else []
-    blocks += ["## Cost", *_cost(run), "## Sample answers", *_samples(run)]
+    blocks += ["## Cost", *_cost(run)]
+    blocks += ["## Sample answers", *_samples(run)] if run.asks_for_scores else []
     return "\n\n".join(blocks) + "\n"
 
 

@@ -93,16 +93,21 @@ def source_rows(stage: str, record: dict[str, Any]) -> list[list[str]]:
     return [_source_cells(stage, source) for source in record.get("sources", ())]
 
 
-def _source_cells(stage: str, source: dict[str, Any]) -> list[str]:
-    left_out = [f"{count:,} {reason}" for reason, count in source["lost"].items()]
+def left_out(source: dict[str, Any]) -> list[str]:
+    """Each reason why rows of a source are not trained on as they are, with their number."""
+    told = [f"{count:,} {reason}" for reason, count in source["lost"].items()]
     for key, words in (("rows_not_chosen", "not chosen"), ("rows_passed_over", "passed over by the converter")):
-        left_out += [f"{source[key]:,} {words}"] if source[key] else []
-    left_out += [f"{source['shortened']:,} shortened"] if source["shortened"] else []
+        told += [f"{source[key]:,} {words}"] if source[key] else []
+    return told + ([f"{source['shortened']:,} shortened"] if source["shortened"] else [])
+
+
+def _source_cells(stage: str, source: dict[str, Any]) -> list[str]:
+    lost = "; ".join(left_out(source)) or "nothing"
     times = f" (each {source['repeat']} times)" if source["repeat"] > 1 else ""
     numbers = [
         f"{source[key]:,}" for key in ("rows_read", "rows_kept", "conversations", "total_tokens", "trained_tokens")
     ]
-    cells = [stage.upper(), redact(source["name"]), *numbers, "; ".join(left_out) or "nothing"]
+    cells = [stage.upper(), redact(source["name"]), *numbers, lost]
     cells[4] += times
     return cells
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hymba_align.eval.report import write_report
 from hymba_align.eval.report.contents import read_run
 from hymba_align.eval.report.html import html
+from hymba_align.eval.report.markdown import markdown
 from hymba_align.eval.result import TaskResult
 
 Make = Callable[..., TaskResult]
@@ -323,6 +324,15 @@ def test_an_empty_run_says_so_in_every_part(tmp_path: Path) -> None:
         assert words in text
     assert "The run folder holds no recipe." in text
     assert "Nothing was run yet." in text
+
+
+def test_a_run_whose_recipe_scores_nothing_has_no_part_about_scores(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: mine\nsft: {}\neval: null\n")
+    run = read_run(tmp_path)
+
+    assert re.findall(r'<h2 id="(.*?)"', html(run)) == ["training", "data", "recipe", "machine-and-cost"]
+    assert re.findall(r'<li><a href="#(.*?)"', html(run)) == ["training", "data", "recipe", "machine-and-cost"]
+    assert re.findall(r"^## (.*)", markdown(run), re.MULTILINE) == ["Data", "Training", "Cost"]
 
 
 @pytest.mark.parametrize(
