@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from hymba_align.errors import HymbaAlignError
 from hymba_align.memory import Setting, Shape, estimate
 from hymba_align.model import HymbaConfig, HymbaForCausalLM
 from hymba_align.model.modeling import HymbaModel
-from hymba_align.recipe import Recipe
 from hymba_align.train.dpo import train_dpo
 from hymba_align.train.out_of_memory import is_out_of_memory, remedies
 from hymba_align.train.sft import train_sft
-from tests.forked import Forked
 
+ROOT = Path(__file__).resolve().parents[2]
 RELEASED = Shape.of(HymbaConfig())
 GIB = 2**30
 
@@ -127,36 +126,46 @@ def test_parameters_are_counted_exactly() -> None:
         assert Shape.of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from hymba_align.recipe import load_recipe
+from hymba_align.train.sft import train_sft
+from hymba_align.errors import HymbaAlignError
+import hymba_align.train.sft as sft
+whole = sft.run_stage
+def limited(trainer, stage_dir):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+    return whole(trainer, stage_dir)
+sft.run_stage = limited
+try:
+    train_sft(load_recipe(sys.argv[1]), None, Path(sys.argv[2]))
+except HymbaAlignError as error:
+    print("SAID", error)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_an_allocator_that_finds_no_memory_is_recognised(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(rows=60, per_device_train_batch_size=16, packing=False)
     values = recipe.model_dump()
     values["dpo"] = None
     values["base"]["config"] |= {"hidden_size": 512, "intermediate_size": 4096, "v_head_dim": 512}
-    training = Forked(
-        partial(train_with_little, type(recipe).model_validate(values), tmp_path / "run"), tmp_path / "log"
+    (tmp_path / "recipe.yaml").write_text(type(recipe).model_validate(values).dump_yaml())
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "recipe.yaml", "run"],
+        cwd=tmp_path,
+        env={
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
-    assert training.wait() == 0, training.told()
-    said = training.log.read_text()
-    assert "SAID sft ran out of memory on cpu of process 0" in said, said[-2000:]
-    assert "sft.trainer." in said
-
-
-def train_with_little(recipe: Recipe, folder: Path) -> None:
-    """Trains, in a process of its own, with 200 MB beyond what it has once the model is there; prints the error."""
-    import resource
-
-    from hymba_align.train import sft
-
-    run_stage = sft.run_stage
-
-    def limited(trainer: Any, stage_dir: Path) -> dict[str, float]:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
-        return run_stage(trainer, stage_dir)
-
-    sft.run_stage = limited
-    try:
-        train_sft(recipe, None, folder)
-    except HymbaAlignError as error:
-        print("SAID", error)
+    assert "SAID sft ran out of memory on cpu of process 0" in done.stdout, done.stdout[-800:] + done.stderr[-1500:]
+    assert "sft.trainer." in done.stdout
